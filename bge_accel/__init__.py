@@ -1,0 +1,20 @@
+"""bge_accel: mine hard negatives for, fine-tune, merge and evaluate BGE-style text-embedding models."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Loaded on first use, so that `--help` and light imports stay fast.
+_HOMES = {"EmbeddingModel": "encoding", "FlagModel": "encoding"}
+__all__ = ["EmbeddingModel", "FlagModel", "__version__"]
+
+if TYPE_CHECKING:
+    from bge_accel.encoding import EmbeddingModel, FlagModel
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        from importlib import import_module
+
+        return getattr(import_module(f"bge_accel.{_HOMES[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,253 @@
+"""YAML and command line into one plain dataclass.
+
+A script declares a flat dataclass and calls `parse_config(Config)`. Written on argparse alone, so that `--help` answers
+before any heavy package is imported. The order of precedence is: defaults, `--config run.yaml`, command line.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class Refusal(NamedTuple):
+    """Why a flag that other tools know is not taken here.
+
+    `use_instead` is one line that names the replacement. A value in `harmless` asks for what happens anyway and passes.
+    """
+
+    use_instead: str
+    harmless: tuple[str, ...] = ()
+
+
+def option(default: Any, help: str, *, aliases: Sequence[str] = (), group: str = "") -> Any:
+    """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in `--help`."""
+    metadata = {"help": help, "aliases": tuple(aliases), "group": group}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def required(help: str, *, group: str = "") -> Any:
+    """A dataclass field that has to be given, by `--config` or on the command line."""
+    return dataclasses.field(metadata={"help": help, "aliases": (), "group": group})
+
+
+def parse_config(
+    config_class: type[T],
+    argv: Sequence[str] | None = None,
+    *,
+    description: str | None = None,
+    refused: Mapping[str, Refusal] | None = None,
+) -> T:
+    """Fill `config_class` (a flat dataclass) from `--config FILE.yaml` and the command line, the latter winning.
+
+    Field types: str, int, float, bool, Literal, list of these, each also optional. Booleans take `--flag`,
+    `--flag True|False` and `--no_flag`; every flag may be written with `-` for `_`. Names are never abbreviated.
+    Mistakes end the program with status 2 and one line that says what is wrong, in YAML as on the command line.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    refused = refused or {}
+    hints = typing.get_type_hints(config_class)
+    fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    names = {alias: field.name for field in fields.values() for alias in (field.name, *field.metadata["aliases"])}
+    parser = _Parser(
+        description=description, formatter_class=_HelpFormatter, allow_abbrev=False, known=[*names, *refused]
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file that sets any of these; the command line wins")
+    groups: dict[str, Any] = {}
+    for field in fields.values():
+        title = field.metadata["group"]
+        target = groups.setdefault(title, parser.add_argument_group(title)) if title else parser
+        _add_argument(target, field, hints[field.name])
+    for name, refusal in refused.items():
+        parser.add_argument(
+            *_flags(name), dest="_refused", action=_refuse(name, refusal), nargs="*", help=argparse.SUPPRESS
+        )
+
+    values = vars(parser.parse_args(argv))
+    values.pop("_refused", None)
+    path = values.pop("config", None)
+    if path is not None:
+        values = {**_read_yaml(path, parser, names, hints, refused), **values}
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in values
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
+    return config_class(**values)
+
+
+def to_yaml(config: Any) -> str:
+    """The configuration as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=36, width=120)
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not action.option_strings or action.option_strings == ["-h", "--help"]:
+            return super()._format_action_invocation(action)
+        shown = [flag for flag in action.option_strings if "-" not in flag[2:]]
+        metavar = "" if action.nargs == 0 else " " + self._format_args(action, (action.dest or "").upper())
+        return ", ".join(shown) + metavar
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors in one line, with the nearest known name beside an unknown one."""
+
+    def __init__(self, *args: Any, known: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.known = known
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n(run {self.prog} --help for every flag)\n")
+
+    def unknown(self, name: str, where: str) -> NoReturn:
+        near = difflib.get_close_matches(name, self.known, n=1)
+        self.error(f"{where}" + (f"; did you mean {near[0]}?" if near else ""))
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        parsed, rest = self.parse_known_args(args, namespace)
+        if rest:
+            name = rest[0].lstrip("-").split("=")[0].replace("-", "_")
+            self.unknown(name, f"unknown argument {rest[0]}")
+        return parsed
+
+
+def _flags(name: str) -> list[str]:
+    return [f"--{name}"] + ([f"--{name.replace('_', '-')}"] if "_" in name else [])
+
+
+def _strip_optional(hint: Any) -> tuple[Any, bool]:
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        inner = [arg for arg in typing.get_args(hint) if arg is not type(None)]
+        assert len(inner) == 1, f"one type per flag: {hint}"
+        return inner[0], True
+    return hint, False
+
+
+def _convert(text: Any, hint: Any) -> Any:
+    """One value to the type `hint`; raises ValueError with what was expected."""
+    hint, is_optional = _strip_optional(hint)
+    if is_optional and (text is None or text == "None"):
+        return None
+    origin = typing.get_origin(hint)
+    if origin is list:
+        items = text if isinstance(text, list) else [text]
+        return [_convert(item, typing.get_args(hint)[0]) for item in items]
+    if origin is Literal:
+        choices = typing.get_args(hint)
+        if text in choices:
+            return text
+        raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
+    if hint is bool:
+        if isinstance(text, bool):
+            return text
+        if isinstance(text, str) and text.lower() in ("true", "yes", "1"):
+            return True
+        if isinstance(text, str) and text.lower() in ("false", "no", "0"):
+            return False
+        raise ValueError(f"{text!r} is not True or False")
+    if hint is str:
+        if isinstance(text, str):
+            return text
+        raise ValueError(f"{text!r} is not a string; put it in quotes")
+    if hint in (int, float) and not isinstance(text, bool):
+        try:
+            number = hint(text)
+        except (TypeError, ValueError):
+            number = None
+        if number is not None and math.isfinite(number) and (not isinstance(text, float) or number == text):
+            return number
+    raise ValueError(f"{text!r} is not {'an integer' if hint is int else 'a number'}")
+
+
+def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
+    inner, _ = _strip_optional(hint)
+    origin = typing.get_origin(inner)
+
+    def convert(text: str) -> Any:
+        try:
+            return _convert(text, typing.get_args(inner)[0] if origin is list else hint)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    help_text = field.metadata["help"].replace("%", "%%")
+    if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+        help_text += " (required)"
+    elif field.default not in (None, dataclasses.MISSING, ""):
+        help_text += f" (default: {field.default})"
+    kwargs: dict[str, Any] = {"dest": field.name, "type": convert, "help": help_text, "default": argparse.SUPPRESS}
+    if inner is bool:
+        kwargs.update(nargs="?", const=True, metavar="True|False")
+    elif origin is list:
+        kwargs.update(nargs="+", metavar="VALUE")
+    elif origin is Literal:
+        kwargs.update(metavar="|".join(map(str, typing.get_args(inner))))
+    else:
+        kwargs.update(metavar={int: "N", float: "X"}.get(inner, "TEXT"))
+    flags = [flag for name in (field.name, *field.metadata["aliases"]) for flag in _flags(name)]
+    target.add_argument(*flags, **kwargs)
+    if inner is bool:
+        off = [flag for name in (field.name, *field.metadata["aliases"]) for flag in _flags(f"no_{name}")]
+        target.add_argument(
+            *off, dest=field.name, action="store_const", const=False, default=argparse.SUPPRESS, help=argparse.SUPPRESS
+        )
+
+
+def _refuse(name: str, refusal: Refusal) -> type[argparse.Action]:
+    class Refuse(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+            given = " ".join(values) if values else "True"
+            if given not in refusal.harmless:
+                parser.error(f"--{name} is not available: {refusal.use_instead}")
+
+    return Refuse
+
+
+def _read_yaml(
+    path: str, parser: _Parser, names: Mapping[str, str], hints: Mapping[str, Any], refused: Mapping[str, Refusal]
+) -> dict[str, Any]:
+    import yaml
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except OSError as error:
+        parser.error(f"--config {path}: {error.strerror or error}")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        parser.error(f"--config {path} is not readable YAML: {error}")
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        parser.error(f"--config {path}: expected `key: value` lines, found a {type(content).__name__}")
+    values: dict[str, Any] = {}
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        if name in refused:
+            if str(value) not in refused[name].harmless:
+                parser.error(f"{path}: {key} is not available: {refused[name].use_instead}")
+            continue
+        if name not in names:
+            parser.unknown(name, f"{path}: unknown key {key!r}")
+        try:
+            values[names[name]] = _convert(value, hints[names[name]])
+        except ValueError as error:
+            parser.error(f"{path}: {key}: {error}")
+    return values
