@@ -8,10 +8,12 @@ import argparse
 import dataclasses
 import difflib
 import math
+import os
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
 T = TypeVar("T")
@@ -80,9 +82,7 @@ def parse_config(
     missing = [
         name
         for name, field in fields.items()
-        if name not in values
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in values and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
@@ -251,3 +251,17 @@ def _read_yaml(
         except ValueError as error:
             parser.error(f"{path}: {key}: {error}")
     return values
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Ends the program with status 2 and the message alone where the user's input is at fault (ValueError).
+
+    Under several processes only the first speaks.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None

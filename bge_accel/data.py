@@ -186,7 +186,9 @@ def _is_number(value: Any) -> bool:
 
 def text_id(text: str) -> int:
     """A signed 64-bit digest of a text, the same on every process and machine."""
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big", signed=True
+    )
 
 
 class TrainingRows:
@@ -212,8 +214,12 @@ class TrainingRows:
             for where, line, row in read_json_rows(path, faults):
                 for what in check_training_row(row):
                     faults.add(where, what)
-                if need_scores and (row.get("pos_scores") is None or (row.get("neg") and row.get("neg_scores") is None)):
-                    faults.add(where, 'no "pos_scores"/"neg_scores": knowledge distillation needs a score for each text')
+                if need_scores and (
+                    row.get("pos_scores") is None or (row.get("neg") and row.get("neg_scores") is None)
+                ):
+                    faults.add(
+                        where, 'no "pos_scores"/"neg_scores": knowledge distillation needs a score for each text'
+                    )
                 rows.append(row)
                 places.append((path, line))
             if max_rows_per_file is not None and len(rows) > max_rows_per_file:

@@ -1,0 +1,60 @@
+"""Gathering embeddings from all processes with exact gradients."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+class _Gather(torch.autograd.Function):
+    """All-gather forward, reduce-scatter (sum) backward: each embedding crosses the network once each way."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
+        gathered = local.new_empty((dist.get_world_size() * local.shape[0], *local.shape[1:]))
+        dist.all_gather_into_tensor(gathered, local.contiguous())
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        (grad,) = grads
+        local = grad.new_empty((grad.shape[0] // dist.get_world_size(), *grad.shape[1:]))
+        dist.reduce_scatter_tensor(local, grad.contiguous())
+        return local
+
+
+def is_distributed() -> bool:
+    """Whether more than one process takes part."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_with_grad(local: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in the order of their ranks: (n, ...) -> (world size * n, ...).
+
+    The gradient of a row is the sum of what all processes' losses say of it. With each process's loss a mean over its
+    own queries and gradients averaged over processes (DDP), this is the gradient of the mean over the global batch.
+
+    Raises:
+        ValueError: the processes' shapes differ; every one of them raises, naming rank and shape.
+    """
+    if not is_distributed():
+        return local
+    check_equal_shapes(local)
+    return _Gather.apply(local)
+
+
+def gather(local: torch.Tensor) -> torch.Tensor:
+    """`gather_with_grad` for tensors without a gradient."""
+    return gather_with_grad(local.detach())
+
+
+def check_equal_shapes(local: torch.Tensor) -> None:
+    """Raises ValueError on every process when the processes' shapes differ (the collective would hang or crash)."""
+    shape = torch.tensor([local.shape[0], local[:1].numel()], device=local.device)
+    shapes = shape.new_empty((dist.get_world_size(), 2))
+    dist.all_gather_into_tensor(shapes, shape)
+    if (shapes != shapes[0]).any():
+        listed = ", ".join(f"rank {rank}: {rows} x {size}" for rank, (rows, size) in enumerate(shapes.tolist()))
+        raise ValueError(
+            f"the processes hold tensors of different shapes ({listed}); every process needs equal batches"
+        )

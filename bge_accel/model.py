@@ -1,0 +1,303 @@
+"""The encoder with its pooling and normalisation: loading, saving, and what a checkpoint says of itself."""
+
+import json
+import os
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+POOLING_METHODS = ("cls", "mean", "last_token")
+# Our names are FlagEmbedding's; these are sentence-transformers'.
+_POOLING_TO_ST = {"cls": "cls", "mean": "mean", "last_token": "lasttoken"}
+_POOLING_FROM_ST = {
+    "cls": "cls",
+    "mean": "mean",
+    "lasttoken": "last_token",
+    "pooling_mode_cls_token": "cls",
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_lasttoken": "last_token",
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingSettings:
+    """How a checkpoint turns texts into embeddings, as far as it says so itself (None: it does not)."""
+
+    pooling: str | None = None
+    normalize: bool | None = None
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_length: int | None = None
+    lower_case: bool = False
+    other_prompts: dict[str, str] = field(default_factory=dict)
+
+    def with_overrides(
+        self,
+        *,
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        query_prefix: str | None = None,
+        passage_prefix: str | None = None,
+    ) -> "EmbeddingSettings":
+        """What is given wins over what the checkpoint says; where both are silent, CLS and normalised (BGE's way)."""
+        if pooling is not None and pooling not in POOLING_METHODS:
+            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLING_METHODS)}")
+        return replace(
+            self,
+            pooling=pooling or self.pooling or "cls",
+            normalize=next((value for value in (normalize, self.normalize) if value is not None), True),
+            query_prefix=self.query_prefix if query_prefix is None else query_prefix,
+            passage_prefix=self.passage_prefix if passage_prefix is None else passage_prefix,
+        )
+
+
+def instruction_prefix(instruction: str | None, format: str = "{}{}") -> str | None:
+    """The text that an instruction and its format (FlagEmbedding's `{}{}`) put before a query or passage.
+
+    Returns None where no instruction is given.
+
+    Raises:
+        ValueError: the format does not end with the text itself. A saved model keeps its instruction as a prefix,
+            which is all that sentence-transformers prompts can say.
+    """
+    if instruction is None:
+        return None
+    format = format.replace("\\n", "\n")
+    try:
+        whole = format.format(instruction, "\0")
+    except (IndexError, KeyError, ValueError) as error:
+        raise ValueError(f"instruction format {format!r} needs two {{}}: instruction and text ({error})") from None
+    if not whole.endswith("\0") or whole.count("\0") != 1:
+        raise ValueError(
+            f"instruction format {format!r} has to end with the text, as in '{{}}{{}}' or 'A: {{}}\\nB: {{}}'"
+        )
+    return whole[:-1]
+
+
+def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, method: str) -> torch.Tensor:
+    """Hidden states (n, length, dim) to one vector a text (n, dim), padding on either side ignored."""
+    if method == "mean":
+        weights = attention_mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        summed = torch.einsum("nld,nl->nd", hidden.to(weights.dtype), weights)
+        return summed / weights.sum(1, keepdim=True).clamp(min=1)
+    if method == "cls":
+        first = attention_mask.argmax(1)
+    else:
+        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+        first = (attention_mask * positions).argmax(1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+
+
+class Encoder(torch.nn.Module):
+    """A transformer whose forward pass returns one embedding a text."""
+
+    def __init__(self, backbone: torch.nn.Module, pooling: str, normalize: bool) -> None:
+        super().__init__()
+        assert pooling in POOLING_METHODS
+        self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """(n, length) token ids and mask to (n, dim) embeddings, pooled and normalised in float32 or better."""
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        with torch.autocast(hidden.device.type, enabled=False):
+            pooled = pool(hidden, attention_mask, self.pooling)
+            if pooled.dtype in (torch.float16, torch.bfloat16):
+                pooled = pooled.float()
+            return F.normalize(pooled, dim=-1) if self.normalize else pooled
+
+
+def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
+    """What a folder or hub model says of itself in its sentence-transformers files; empty where it has none.
+
+    Args:
+        hub: `cache_dir`, `token`, `revision` for models on the hub.
+
+    Raises:
+        ValueError: its modules do something that this project does not (a pooling other than CLS, mean or last token,
+            a dense layer).
+    """
+    modules = _read_json(model_name_or_path, "modules.json", hub)
+    if modules is None:
+        return EmbeddingSettings()
+    pooling, normalize = None, False
+    for module in modules:
+        kind = module["type"].rsplit(".", 1)[-1]
+        if kind == "Pooling":
+            pooling = _read_pooling(model_name_or_path, module["path"], hub)
+        elif kind == "Normalize":
+            normalize = True
+        elif kind not in ("Transformer", "Dropout"):
+            raise ValueError(f"{model_name_or_path}: its module {module['type']} is not supported here")
+    transformer = _read_json(model_name_or_path, "sentence_bert_config.json", hub) or {}
+    prompts_file = _read_json(model_name_or_path, "config_sentence_transformers.json", hub) or {}
+    prompts = dict(prompts_file.get("prompts") or {})
+    default = prompts.get(prompts_file.get("default_prompt_name") or "", "")
+    passage_name = next((name for name in ("document", "passage", "corpus") if prompts.get(name)), "document")
+    return EmbeddingSettings(
+        pooling=pooling,
+        normalize=normalize,
+        query_prefix=prompts.pop("query", None) or default,
+        passage_prefix=prompts.pop(passage_name, None) or default,
+        max_length=transformer.get("max_seq_length"),
+        lower_case=bool(transformer.get("do_lower_case")),
+        other_prompts={name: text for name, text in prompts.items() if name != "document"},
+    )
+
+
+def _read_pooling(model: str, path: str, hub: dict[str, Any]) -> str:
+    config = _read_json(model, f"{path}/config.json", hub) or {}
+    if config.get("include_prompt") is False:
+        raise ValueError(f"{model}: pooling that leaves out the prompt (include_prompt: false) is not supported here")
+    if "pooling_mode" in config:
+        mode = config["pooling_mode"]
+        modes = [mode] if isinstance(mode, str) else list(mode)
+    else:
+        modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
+    if len(modes) != 1 or modes[0] not in _POOLING_FROM_ST:
+        raise ValueError(f"{model}: pooling {modes} is not supported; here it is one of {', '.join(POOLING_METHODS)}")
+    return _POOLING_FROM_ST[modes[0]]
+
+
+def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:
+    if os.path.isdir(model):
+        path = os.path.join(model, name)
+        path = path if os.path.isfile(path) else None
+    else:
+        from transformers.utils import cached_file
+
+        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def load_encoder(
+    model_name_or_path: str,
+    *,
+    settings: EmbeddingSettings | None = None,
+    pooling: str | None = None,
+    normalize: bool | None = None,
+    query_prefix: str | None = None,
+    passage_prefix: str | None = None,
+    config_name: str | None = None,
+    tokenizer_name: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    longest: int = 0,
+    trust_remote_code: bool = False,
+    **hub: Any,
+) -> tuple[Encoder, Any, EmbeddingSettings]:
+    """Loads an encoder and its tokenizer from a folder or the hub.
+
+    Args:
+        pooling, normalize, query_prefix, passage_prefix: override what the checkpoint says of itself.
+        longest: tokens that texts will be cut to; raises the checkpoint's own maximum length where the model can.
+        hub: `cache_dir`, `token`, `revision`.
+
+    Returns:
+        The encoder in evaluation mode, the tokenizer, and the settings with nothing left open.
+
+    Raises:
+        ValueError: the model cannot be found or is of a kind that is not supported.
+    """
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # one bar per file of a model that loads in a second
+    hub = {key: value for key, value in hub.items() if value is not None}
+    try:
+        settings = settings or read_settings(model_name_or_path, **hub)
+        common = {"trust_remote_code": trust_remote_code, **hub}
+        config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name_or_path, **common)
+        backbone = AutoModel.from_pretrained(model_name_or_path, config=config, dtype=dtype, **common)
+    except OSError as error:
+        raise ValueError(
+            f"cannot load the model {model_name_or_path!r}: it is neither a complete model folder nor to be had from "
+            f"the hub ({str(error).splitlines()[0]})"
+        ) from error
+    settings = settings.with_overrides(
+        pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
+    )
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
+        positions -= 2  # the padding index takes the first
+    if longest > positions:
+        raise ValueError(f"texts of {longest} tokens are asked for; {model_name_or_path} takes {positions} at most")
+    own = settings.max_length or min(positions, tokenizer.model_max_length)
+    settings = replace(settings, max_length=min(max(own, longest), positions))
+    # A limit stored in the tokenizer would cut texts that the settings allow.
+    tokenizer.model_max_length = settings.max_length
+    if settings.lower_case:
+        _lower_case(tokenizer)
+    # Nothing trains the pooler of BERT-like models; left trainable it would stop DDP, dropped it would be lost.
+    if getattr(backbone, "pooler", None) is not None:
+        backbone.pooler.requires_grad_(False)
+    assert settings.pooling is not None and settings.normalize is not None
+    return Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings
+
+
+def _lower_case(tokenizer: Any) -> None:
+    """Makes a tokenizer lower-case its input, if it does not yet (sentence-transformers' `do_lower_case`)."""
+    from tokenizers.normalizers import Lowercase, Sequence
+
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    if normalizer is None or normalizer.normalize_str("A") != "a":
+        tokenizer.backend_tokenizer.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer else [])])
+
+
+def save_encoder(
+    folder: str,
+    encoder: Encoder,
+    tokenizer: Any,
+    settings: EmbeddingSettings,
+    *,
+    state_dict: dict[str, torch.Tensor] | None = None,
+    model_card: str | None = None,
+) -> None:
+    """Writes a folder that transformers, sentence-transformers and `EmbeddingModel` load alike.
+
+    Args:
+        state_dict: the weights of `encoder` where it does not hold them itself (sharded training).
+        model_card: text of README.md.
+    """
+    os.makedirs(folder, exist_ok=True)
+    if state_dict is not None:
+        state_dict = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
+    encoder.backbone.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+    assert settings.pooling is not None
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(
+        settings.normalize
+    )
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": idx, "name": str(idx), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for idx, (path, kind) in enumerate(modules)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": encoder.backbone.config.hidden_size,  # type: ignore[union-attr]
+            **{key: name == settings.pooling for key, name in _POOLING_FROM_ST.items() if key.startswith("pooling_")},
+            "include_prompt": True,
+        },
+        "sentence_bert_config.json": {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case},
+        "config_sentence_transformers.json": {
+            "prompts": {"query": settings.query_prefix, "document": settings.passage_prefix, **settings.other_prompts},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine" if settings.normalize else "dot",
+        },
+    }
+    for name, content in files.items():
+        os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2, ensure_ascii=False)
+    if settings.normalize:
+        os.makedirs(os.path.join(folder, "2_Normalize"), exist_ok=True)
+    if model_card is not None:
+        with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as file:
+            file.write(model_card)

@@ -1,0 +1,73 @@
+"""Tables that people look at, as plain text."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bge_accel.data import shorten
+
+
+def metrics_table(metrics: Mapping[str, float]) -> str:
+    """Metrics named like `nDCG@10` as a table: a row a metric, a column a cut-off."""
+    names = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
+    cutoffs = sorted({int(name.partition("@")[2]) for name in metrics})
+    rows = [[name, *(_number(metrics.get(f"{name}@{cutoff}")) for cutoff in cutoffs)] for name in names]
+    return _table([["", *(f"@{cutoff}" for cutoff in cutoffs)], *rows])
+
+
+def comparison_table(base: Mapping[str, float], tuned: Mapping[str, float]) -> str:
+    """Two evaluations side by side: a row a metric that either has; columns base, tuned, difference."""
+    rows = []
+    for name in dict.fromkeys([*base, *tuned]):
+        both = name in base and name in tuned
+        difference = f"{tuned[name] - base[name]:+.4f}" if both else "-"
+        rows.append([name, _number(base.get(name)), _number(tuned.get(name)), difference])
+    return _table([["", "base", "tuned", "difference"], *rows])
+
+
+def moved_into_top(
+    before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], *, top: int = 3, limit: int = 5
+) -> str:
+    """Queries whose first relevant passage moved into the top from below it, those that moved farthest first.
+
+    Args:
+        before, after: `evaluation.ranking_rows` of the same queries (what `--save_ranking` writes).
+        limit: so many are shown in full; the rest is counted.
+
+    Raises:
+        ValueError: the two do not hold the same queries.
+    """
+    earlier = {row["id"]: row for row in before}
+    if earlier.keys() != {row["id"] for row in after}:
+        raise ValueError("the two rankings are not of the same queries: evaluate both models on the same data")
+    # A passage that was not retrieved at all came from farthest away.
+    start = {query: row["first_positive"] or float("inf") for query, row in earlier.items()}
+    moved = [row for row in after if row["first_positive"] and row["first_positive"] <= top < start[row["id"]]]
+    moved.sort(key=lambda row: (-start[row["id"]], row["first_positive"]))
+    lost = sum(start[row["id"]] <= top < (row["first_positive"] or float("inf")) for row in after)
+    lines = [f"Moved into the top {top}: {len(moved)} of {len(earlier)} queries; out of it: {lost}"]
+    for row in moved[:limit]:
+        old = earlier[row["id"]]
+        lines += [
+            "",
+            f"query   {shorten(row['query'], 110)}",
+            f"rank    {old['first_positive'] or 'not found'} -> {row['first_positive']}",
+            f"before  {shorten(old['first_text'], 110)}",
+            f"after   {shorten(row['first_text'], 110)}",
+        ]
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell; the first to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
