@@ -96,6 +96,17 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, allow_unicode=True)
 
 
+def check_model_path(flag: str, name: str) -> None:
+    """Raises ValueError where a model's name is clearly a path and no folder stands there.
+
+    Without it a mistyped path would be looked for on the hub, for minutes where there is no network.
+    """
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name)
+    if is_path and not os.path.isfile(os.path.join(name, "config.json")):
+        what = "has no config.json, so it is no model" if os.path.isdir(name) else "is not a folder"
+        raise ValueError(f"{flag} {name} {what}; name a folder with a saved model, or a model on the hub")
+
+
 class _HelpFormatter(argparse.HelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=36, width=120)

@@ -5,21 +5,29 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# torch 2.13 renamed these.
+_all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _all_gather(local: torch.Tensor) -> torch.Tensor:
+    gathered = local.new_empty((dist.get_world_size() * local.shape[0], *local.shape[1:]))
+    _all_gather_into(gathered, local.contiguous())
+    return gathered
+
 
 class _Gather(torch.autograd.Function):
     """All-gather forward, reduce-scatter (sum) backward: each embedding crosses the network once each way."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor) -> torch.Tensor:
-        gathered = local.new_empty((dist.get_world_size() * local.shape[0], *local.shape[1:]))
-        dist.all_gather_into_tensor(gathered, local.contiguous())
-        return gathered
+        return _all_gather(local)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         (grad,) = grads
         local = grad.new_empty((grad.shape[0] // dist.get_world_size(), *grad.shape[1:]))
-        dist.reduce_scatter_tensor(local, grad.contiguous())
+        _reduce_scatter_into(local, grad.contiguous())
         return local
 
 
@@ -51,8 +59,7 @@ def gather(local: torch.Tensor) -> torch.Tensor:
 def check_equal_shapes(local: torch.Tensor) -> None:
     """Raises ValueError on every process when the processes' shapes differ (the collective would hang or crash)."""
     shape = torch.tensor([local.shape[0], local[:1].numel()], device=local.device)
-    shapes = shape.new_empty((dist.get_world_size(), 2))
-    dist.all_gather_into_tensor(shapes, shape)
+    shapes = _all_gather(shape).view(-1, 2)
     if (shapes != shapes[0]).any():
         listed = ", ".join(f"rank {rank}: {rows} x {size}" for rank, (rows, size) in enumerate(shapes.tolist()))
         raise ValueError(

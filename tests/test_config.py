@@ -1,0 +1,424 @@
+"""Settings from YAML and command line, and an answer to every flag that people know from other tools."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
+from bge_accel.refused_flags import REFUSED
+
+FINETUNE = Path(__file__).resolve().parent.parent / "scripts" / "finetune.py"
+NEEDED = ["--train_data", "a.jsonl", "--output_dir", "out"]
+
+
+@dataclass(kw_only=True)
+class Config:
+    train_data: list[str] = required("rows")
+    output_dir: str = required("folder")
+    learning_rate: float = option(2e-5, "half of it after 50% of the steps")
+    max_steps: int = option(10, "steps")
+    bf16: bool = option(False, "precision")
+    mask_false_negatives: bool = option(True, "mask")
+    normalize_embeddings: bool | None = option(None, "scale", aliases=["normalized", "norm_it"])
+    pooling: Literal["cls", "mean"] | None = option(None, "pooling")
+    save_strategy: Literal["steps", "no"] = option("steps", "when")
+    max_tokens: int | None = option(512, "tokens")
+    cutoffs: list[int] = option([1, 10], "cutoffs")
+    run_name: str | None = option(None, "name")
+
+
+REFUSALS = {
+    "deepspeed": Refusal("say so to `accelerate launch`"),
+    "eval_strategy": Refusal("use scripts/evaluate.py", ("no", "False")),
+    "do_train": Refusal("it trains", ("True",)),
+}
+
+
+@pytest.fixture
+def parse(tmp_path):
+    def parse(*argv, yaml=None, config_class=Config, needed=NEEDED, refused=REFUSALS):
+        if yaml is not None:
+            path = tmp_path / "run.yaml"
+            path.write_bytes(yaml if isinstance(yaml, bytes) else yaml.encode())
+            argv = ("--config", str(path), *argv)
+        return parse_config(config_class, [*needed, *argv], refused=refused)
+
+    return parse
+
+
+@pytest.fixture
+def fails(parse, capsys):
+    """Parses, demands status 2 and one line (with a hint at --help), returns that line."""
+
+    def fails(*argv, **kwargs):
+        with pytest.raises(SystemExit) as stop:
+            parse(*argv, **kwargs)
+        out, err = capsys.readouterr()
+        assert stop.value.code == 2 and not out
+        message, hint = err.splitlines()
+        assert ": error: " in message and "--help" in hint
+        return message.split(": error: ", 1)[1]
+
+    return fails
+
+
+@pytest.fixture(scope="module")
+def finetune_config():
+    spec = importlib.util.spec_from_file_location("finetune_under_test", FINETUNE)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.Config
+
+
+def flags_of(config_class):
+    return {name for f in dataclasses.fields(config_class) for name in (f.name, *f.metadata["aliases"])}
+
+
+# ---- values
+
+
+def test_command_line_wins_over_yaml_wins_over_defaults(parse):
+    cfg = parse("--max_steps", "3", yaml="max_steps: 2\nlearning_rate: 0.5\ncutoffs: [4]")
+    assert (cfg.max_steps, cfg.learning_rate, cfg.cutoffs, cfg.max_tokens) == (3, 0.5, [4], 512)
+    assert parse().cutoffs == [1, 10] and parse().cutoffs is not parse().cutoffs
+
+
+def test_required_may_come_from_yaml_and_are_overridden(parse):
+    cfg = parse("--output_dir", "b", yaml="train_data: [x, y]\noutput_dir: a", needed=[])
+    assert (cfg.train_data, cfg.output_dir) == (["x", "y"], "b")
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("learning_rate", "1e-5", 1e-5),
+        ("learning_rate", "3", 3.0),
+        ("max_steps", "-1", -1),
+        ("max_tokens", "None", None),
+        ("pooling", "mean", "mean"),
+        ("pooling", "None", None),
+        ("save_strategy", "steps", "steps"),
+        ("normalize_embeddings", "None", None),
+        ("normalized", "False", False),
+        ("norm-it", "True", True),
+        ("learning-rate", "0.1", 0.1),
+        ("run_name", "检索 {}: x", "检索 {}: x"),
+        ("cutoffs", "5", [5]),
+        ("train_data", "x", ["x"]),
+    ],
+)
+def test_the_same_text_means_the_same_in_yaml_and_on_the_command_line(parse, field, text, value):
+    name = {"normalized": "normalize_embeddings", "norm-it": "normalize_embeddings"}.get(field, field.replace("-", "_"))
+    needed = [] if field == "train_data" else NEEDED
+    quoted = f"'{text}'" if field == "run_name" else text
+    from_line = parse(f"--{field}", text, needed=[*needed, "--output_dir", "o"])
+    from_yaml = parse(yaml=f"{field}: {quoted}", needed=[*needed, "--output_dir", "o"])
+    for cfg in (from_line, from_yaml):
+        assert getattr(cfg, name) == value and type(getattr(cfg, name)) is type(value)
+
+
+def test_save_strategy_no_needs_no_quotes_in_yaml(parse):
+    assert parse("--save_strategy", "no").save_strategy == "no"
+    assert parse(yaml="save_strategy: 'no'").save_strategy == "no"
+    assert parse(yaml="save_strategy: no").save_strategy == "no"  # which YAML reads as False
+
+
+def test_lists_take_several_values(parse):
+    cfg = parse("--cutoffs", "1", "2", "3", "--train_data", "a", "b", needed=["--output_dir", "o"])
+    assert (cfg.cutoffs, cfg.train_data) == ([1, 2, 3], ["a", "b"])
+
+
+def test_yaml_null_unsets_an_optional_value(parse):
+    assert parse(yaml="max_tokens: null").max_tokens is None and parse(yaml="max_tokens:").max_tokens is None
+
+
+@pytest.mark.parametrize("field", ["bf16", "mask_false_negatives", "normalize_embeddings", "normalized"])
+@pytest.mark.parametrize(
+    ("spelling", "expected"),
+    [("{}", True)]
+    + [("{} " + word, True) for word in ("True", "true", "yes", "1")]
+    + [("{} " + word, False) for word in ("False", "false", "no", "0")]
+    + [("{}=True", True), ("{}=False", False), ("no_{}", False), ("{} --no_{}", False)],
+)
+def test_booleans_in_every_spelling(parse, field, spelling, expected):
+    name = "normalize_embeddings" if field == "normalized" else field
+    opposite = f"{field}: {not expected}"
+    line = "--" + spelling.format(field, field)
+    for argv in (line.split(), line.replace("_", "-").split()):
+        assert getattr(parse(*argv, yaml=opposite), name) is expected
+
+
+@pytest.mark.parametrize(("word", "expected"), [("true", True), ("yes", True), ("'True'", True), ("off", False)])
+def test_booleans_in_yaml(parse, word, expected):
+    assert parse("--bf16", str(not expected), yaml="").bf16 is not expected
+    assert parse(yaml=f"bf16: {word}").bf16 is expected
+
+
+def test_to_yaml_is_read_back_unchanged(parse, tmp_path):
+    cfg = Config(
+        train_data=["no", "1e-5", "null", "路径/a b.jsonl", "12", ""],
+        output_dir="- {}{}\n: #",
+        learning_rate=1e-5,
+        normalize_embeddings=False,
+        save_strategy="no",
+        max_tokens=None,
+        cutoffs=[],
+        run_name="True",
+    )
+    text = to_yaml(cfg)
+    assert parse(yaml=text, needed=[]) == cfg
+    assert "路径" in text and text.index("train_data") < text.index("run_name")
+    for rate in (1e-8, 3e-05, 1e20, 0.1):
+        assert parse(yaml=to_yaml(dataclasses.replace(cfg, learning_rate=rate)), needed=[]).learning_rate == rate
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(
+    ("field", "line", "yaml", "message"),
+    [
+        ("learning_rat", "1", "1", "unknown .*learning_rat.*; did you mean learning_rate\\?$"),
+        ("deepsped", "1", "1", "did you mean deepspeed\\?$"),
+        ("normalised", "1", "1", "did you mean normalized\\?$"),
+        ("zzzzzzz", "1", "1", "unknown (argument|key) \\S*zzzzzzz'?$"),
+        ("learning", "1", "1", "unknown .*learning'?;"),  # no abbreviation
+        ("max_steps", "many", "many", "'many' is not an integer"),
+        ("max_steps", "1.5", "1.5", "1.5'? is not an integer"),
+        ("max_steps", "1e3x", "[1]", "is not an integer"),
+        ("max_steps", "True", "true", "True'? is not an integer"),
+        ("max_steps", "None", "null", "None'? is not an integer"),
+        ("learning_rate", "fast", "fast", "'fast' is not a number"),
+        ("learning_rate", "nan", ".nan", "nan'? is not a number"),
+        ("learning_rate", "inf", ".inf", "inf'? is not a number"),
+        ("learning_rate", "yes", "yes", "is not a number"),
+        ("bf16", "maybe", "maybe", "'maybe' is not True or False"),
+        ("bf16", "None", "null", "is not True or False"),
+        ("bf16", "2", "2", "is not True or False"),
+        ("normalized", "maybe", "maybe", "is not True or False"),
+        ("pooling", "max", "max", "'max' is not one of cls, mean"),
+        ("save_strategy", "None", "null", "is not one of steps, no"),
+        ("cutoffs", "x", "[1, x]", "'x' is not an integer"),
+        ("cutoffs", "None", "null", "is not an integer"),
+    ],
+)
+def test_mistakes_fail_alike_in_yaml_and_on_the_command_line(fails, field, line, yaml, message):
+    assert re.search(message, on_line := fails(f"--{field}", line))
+    assert re.search(message, in_yaml := fails(yaml=f"{field}: {yaml}"))
+    assert field in on_line and f"run.yaml: {'unknown key' if 'unknown' in message else ''}" in in_yaml
+    assert field in in_yaml
+
+
+@pytest.mark.parametrize("value", ["123", "1.5", "true", "[a]", "2024-01-01"])
+def test_a_yaml_value_that_is_no_string_is_not_taken_for_one(fails, value):
+    assert "is not a string; put it in quotes" in fails(yaml=f"run_name: {value}")
+
+
+@pytest.mark.parametrize("argv", [["--max_steps"], ["--learning_rate"], ["--cutoffs"], ["--run_name"]])
+def test_a_flag_without_its_value(fails, argv):
+    assert "expected" in fails(*argv) and argv[0] in fails(*argv)
+
+
+@pytest.mark.parametrize("argv", [["stray"], ["--no_bf16", "False"], ["--no_max_steps"], ["-x"]])
+def test_what_is_no_flag_is_refused(fails, argv):
+    assert f"unknown argument {argv[-1]}" in fails(*argv)
+
+
+def test_missing_values_are_all_named(fails):
+    assert fails(needed=[]) == "missing: --train_data, --output_dir"
+    assert fails(yaml="output_dir: x", needed=[]) == "missing: --train_data"
+
+
+@pytest.mark.parametrize(
+    ("yaml", "message"),
+    [
+        ("a: [1", "not readable YAML"),
+        ("a: b: c", "not readable YAML"),
+        ("\tmax_steps: 1", "not readable YAML"),
+        (b"run_name: \xff\xfe", "not readable YAML"),
+        ("- a\n- b", "expected `key: value` lines, found a list"),
+        ("max_steps", "expected `key: value` lines, found a str"),
+        ("1: 2", "unknown key 1"),
+        ("config: other.yaml", "unknown key 'config'"),
+    ],
+)
+def test_yaml_that_is_no_settings(fails, yaml, message):
+    assert message in fails(yaml=yaml) and "run.yaml" in fails(yaml=yaml)
+
+
+def test_a_config_that_cannot_be_opened(fails, tmp_path):
+    assert fails("--config", "nowhere.yaml") == "--config nowhere.yaml: No such file or directory"
+    assert "Is a directory" in fails("--config", str(tmp_path))
+
+
+def test_an_empty_yaml_changes_nothing(parse):
+    assert parse(yaml="") == parse(yaml="# only a comment\n") == parse()
+
+
+def test_user_errors_end_the_program_with_the_message_alone(capsys, monkeypatch):
+    def fail():
+        with user_errors():
+            raise ValueError("train.jsonl:3: wrong")
+
+    monkeypatch.setattr(sys, "argv", ["/x/finetune.py"])
+    with pytest.raises(SystemExit) as stop:
+        fail()
+    assert stop.value.code == 2 and capsys.readouterr().err == "finetune.py: error: train.jsonl:3: wrong\n"
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit):
+        fail()
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(KeyError), user_errors():
+        raise KeyError("ours")
+
+
+def test_a_mistyped_path_is_not_looked_for_on_the_hub(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    for name, message in [("./nowhere", "is not a folder"), (str(tmp_path / "empty"), "no config.json"),
+                          ("~/x", "is not a folder"), ("a/b/c", "is not a folder"), (__file__, "not a folder")]:  # fmt: skip
+        with pytest.raises(ValueError, match=f"^--model {re.escape(name)} .*{message}"):
+            check_model_path("--model", name)
+    for name in ("bert-base-uncased", "BAAI/bge-small-en-v1.5", str(tmp_path / "model")):
+        check_model_path("--model", name)
+
+
+# ---- refused flags
+
+
+@pytest.mark.parametrize(
+    "argv", [["--eval_strategy", "no"], ["--eval-strategy=no"], ["--do_train"], ["--do_train=True"]]
+)
+def test_a_refused_flag_that_asks_for_nothing_passes(parse, argv):
+    assert parse(*argv) == parse()
+
+
+@pytest.mark.parametrize("line", ["eval_strategy: no", "eval-strategy: 'no'", "do_train: true", "do_train: 'True'"])
+def test_a_refused_yaml_key_that_asks_for_nothing_passes(parse, line):
+    assert parse("--max_steps", "3", yaml=f"{line}\nrun_name: x") == parse("--max_steps", "3", "--run_name", "x")
+
+
+@pytest.mark.parametrize("value", ["false", "no", "0"])
+def test_a_refused_boolean_takes_false_in_every_spelling(parse, value):
+    refused = {"push_to_hub": Refusal("upload it", ("False",))}
+    assert parse("--push_to_hub", value, refused=refused) == parse()
+
+
+def test_every_refused_flag_passes_what_is_harmless(parse, finetune_config):
+    needed = ["--model_name_or_path", "m", *NEEDED]
+    plain = parse(config_class=finetune_config, needed=needed, refused=REFUSED)
+    for turn in range(max(len(refusal.harmless) for refusal in REFUSED.values())):
+        pairs = {name: refusal.harmless[turn] for name, refusal in REFUSED.items() if turn < len(refusal.harmless)}
+        line = [part for pair in pairs.items() for part in ("--" + pair[0], pair[1])]
+        assert parse(*line, config_class=finetune_config, needed=needed, refused=REFUSED) == plain
+        yaml = "\n".join(f"{name}: {value or repr(value)}" for name, value in pairs.items())
+        assert parse(yaml=yaml, config_class=finetune_config, needed=needed, refused=REFUSED) == plain
+    bare = [f"--{name}" for name, refusal in REFUSED.items() if "True" in refusal.harmless]
+    assert bare and parse(*bare, config_class=finetune_config, needed=needed, refused=REFUSED) == plain
+
+
+def test_every_other_refused_value_is_told_what_to_do_instead(fails, finetune_config):
+    for name, refusal in REFUSED.items():
+        assert "something" not in refusal.harmless
+        expected, refused = f"{name} is not available: {refusal.use_instead}", {name: refusal}
+        assert fails(f"--{name}", "something", refused=refused) == f"--{expected}"
+        assert fails(f"--{name.replace('_', '-')}=something", refused=refused) == f"--{expected}"
+        assert fails(yaml=f"{name}: something", refused=refused).endswith(f"run.yaml: {expected}")
+        if "True" not in refusal.harmless:
+            assert fails(f"--{name}", refused=refused) == f"--{expected}"
+    message = fails("--lora_rank", "8", "--model_name_or_path", "m", config_class=finetune_config, refused=REFUSED)
+    assert message == f"--lora_rank is not available: {REFUSED['lora_rank'].use_instead}"
+
+
+def test_refusals_are_one_line_and_name_flags_that_exist(finetune_config):
+    known = flags_of(finetune_config)
+    for name, refusal in REFUSED.items():
+        assert refusal.use_instead and "\n" not in refusal.use_instead
+        ours = re.sub("`[^`]*`", "", refusal.use_instead)  # in backticks: other programs
+        named = re.findall(r"--(\w+)", ours)
+        assert set(named) <= known, f"{name}: {refusal.use_instead}"
+        script = re.findall(r"scripts/\S+\.py", ours)
+        assert all((FINETUNE.parent.parent / path).is_file() for path in script)
+
+
+# ---- completeness
+
+
+def test_no_flag_is_both_taken_and_refused(finetune_config):
+    assert not flags_of(finetune_config) & set(REFUSED)
+
+
+def test_every_flag_of_transformers_is_answered(finetune_config):
+    from transformers import TrainingArguments
+
+    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
+    assert len(theirs) > 80 and sorted(theirs - flags_of(finetune_config) - set(REFUSED)) == []
+
+
+# FlagEmbedding 1.4.2: abc/finetune/embedder/AbsArguments.py and finetune/embedder/**/arguments.py
+FLAG_EMBEDDING = """
+    model_name_or_path config_name tokenizer_name cache_dir trust_remote_code use_fast_tokenizer token
+    train_data cache_path train_group_size query_max_len passage_max_len pad_to_multiple_of max_example_num_per_dataset
+    query_instruction_for_retrieval query_instruction_format knowledge_distillation passage_instruction_for_retrieval
+    passage_instruction_format shuffle_ratio same_dataset_within_batch small_threshold drop_threshold
+    negatives_cross_device temperature fix_position_embedding sentence_pooling_method normalize_embeddings
+    sub_batch_size kd_loss_type use_mrl mrl_dims
+    colbert_dim unified_finetuning use_self_distill fix_encoder self_distill_start_step
+    peft_model_path use_lora lora_rank lora_alpha lora_dropout target_modules use_flash_attn use_slow_tokenizer
+    from_peft modules_to_save raw_peft additional_special_tokens save_merged_lora_model only_merge_lora_model
+    example_query_max_len example_passage_max_len retrieval_use_examples icl_suffix_str
+""".split()
+# FlagEmbedding 1.2 (baai_general_embedding/finetune/arguments.py), where its names differ
+FLAG_EMBEDDING_OLD = "normlized use_inbatch_neg".split()
+
+
+@pytest.mark.parametrize("flag", FLAG_EMBEDDING + FLAG_EMBEDDING_OLD)
+def test_every_flag_of_flag_embedding_is_answered(finetune_config, flag):
+    assert flag in flags_of(finetune_config) | set(REFUSED)
+
+
+def test_finetune_settings_survive_yaml(parse, finetune_config):
+    needed = ["--model_name_or_path", "m", *NEEDED, "--learning_rate", "1e-5", "--save_strategy", "no"]
+    cfg = parse(config_class=finetune_config, needed=needed, refused=REFUSED)
+    assert parse(yaml=to_yaml(cfg), config_class=finetune_config, needed=[], refused=REFUSED) == cfg
+
+
+# ---- help
+
+
+def test_help_shows_every_flag_but_the_refused(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(Config, ["--help"], description="Tunes a model.", refused=REFUSALS)
+    out = capsys.readouterr().out
+    assert stop.value.code == 0 and "Tunes a model." in out and "50% of the steps (default: 2e-05)" in out
+    assert {f"--{name}" for name in flags_of(Config)} <= set(re.findall(r"--\w+", out))
+    assert "deepspeed" not in out and out.count("(required)") == 2 and "cls|mean" in out
+
+
+def test_help_of_finetune_needs_no_heavy_package_and_two_seconds(tmp_path, finetune_config):
+    for package in ("torch", "transformers", "accelerate", "sentence_transformers", "datasets"):
+        (tmp_path / f"{package}.py").write_text(f"raise SystemExit('{package} is imported for --help')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    blocked = [sys.executable, "-c", "import torch"]
+    assert "is imported for --help" in subprocess.run(blocked, env=environment, capture_output=True, text=True).stderr
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        result = subprocess.run([sys.executable, FINETUNE, "--help"], env=environment, capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert result.returncode == 0, result.stderr
+        assert {f"--{name}" for name in flags_of(finetune_config)} <= set(re.findall(r"--\w+", result.stdout))
+        if seconds[-1] < 2:
+            break
+    assert min(seconds) < 2

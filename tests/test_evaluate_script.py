@@ -1,0 +1,119 @@
+"""scripts/evaluate_retrieval.py as a user runs it."""
+
+import json
+import time
+
+import pytest
+import torch
+
+from bge_accel.report import moved_into_top
+
+SCRIPT = "evaluate_retrieval.py"
+CORPUS = [
+    {"content": "a king and a princess in a story"},
+    {"content": "return the list of string"},
+    {"content": "what file is the value in"},
+]
+QUERIES = [
+    {"query": "the story of a king", "positive": ["a king and a princess in a story"]},
+    {"query": "return list", "positive": ["return the list of string", "not in the corpus"]},
+]
+
+
+@pytest.fixture
+def toy(tmp_path):
+    """FlagEmbedding's toy files, under their names, in the folder that scripts run in."""
+    for name, rows in [("toy_corpus.json", CORPUS), ("toy_query.json", QUERIES)]:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["--corpus_data", "./toy_corpus.json", "--query_data", "./toy_query.json"]
+
+
+def test_the_documented_line_of_flagembedding(run_script, tiny_model, toy, tmp_path):
+    done = run_script(SCRIPT, "--encoder", tiny_model, "--fp16", "--add_instruction", "--k", 100, *toy)
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    assert ["fp16 needs a GPU" in line for line in warnings] == [False] + [True] * (not torch.cuda.is_available())
+    assert "1 of 3 judged passages are not in the corpus" in warnings[0]
+    assert "2 judged queries of 2, 3 passages, 3 positives (1 not in the corpus)" in done.stdout
+    result = json.loads((tmp_path / "metrics.json").read_text())
+    assert result["metrics"]["Recall@100"] == pytest.approx(0.75)
+    assert set(result) == {"metrics", "counts", "seconds", "model", "config", "versions"}
+    assert result["counts"]["missing_positives"] == 1
+    assert result["model"]["query_instruction"] == "Represent this sentence for searching relevant passages: "
+    assert result["config"]["k"] == 100 and result["config"]["encoder"] == tiny_model
+    assert result["versions"]["torch"] and all(seconds >= 0 for seconds in result["seconds"].values())
+    header, *rows = done.stdout.splitlines()[-9:-2]
+    assert header.split() == ["@1", "@3", "@5", "@10", "@100"]
+    assert [line.split()[0] for line in rows] == ["MRR", "nDCG", "Recall", "Capped_Recall", "MAP", "P"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "toy_corpus.json", "toy_query.json"]
+
+
+def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
+    corpus = [{"_id": f"c{i}", "text": row["content"], "title": "a title"} for i, row in enumerate(CORPUS)]
+    queries = [{"_id": f"q{i}", "text": row["query"]} for i, row in enumerate(QUERIES)] + [{"_id": "q9", "text": "who"}]
+    for name, rows in [("corpus.jsonl", corpus), ("queries.jsonl", queries)]:
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq0\tc0\t2\nq1\tc1\t1\n")
+    args = [
+        "--encoder", tiny_model, "--corpus_data", "corpus.jsonl", "--query_data", "queries.jsonl", "--qrels", "test.tsv",
+        "--k", 2, "--cutoffs", 1, 2, "--output_file", "deep/er/scores.json", "--save_ranking", "deep/ranking.jsonl",
+        "--show", 5, "--max_passage_length", 4000, "--pooling_method", "mean", "--query_instruction_for_retrieval", "",
+    ]  # fmt: skip
+    done = run_script(SCRIPT, *args)
+    result = json.loads((tmp_path / "deep/er/scores.json").read_text())
+    assert list(result["metrics"])[:2] == ["MRR@1", "MRR@2"] and result["model"]["pooling"] == "mean"
+    assert result["counts"]["unjudged_queries"] == 1
+    assert "--max_passage_length is 4000, but the model takes 128 tokens" in done.stderr
+    assert done.stdout.count("query  ") == 2 and "a title return the list" in done.stdout
+    rows = [json.loads(line) for line in (tmp_path / "deep/ranking.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == ["q0", "q1"] and all(len(row["ranked_ids"]) == 2 for row in rows)
+    reciprocal = [1 / row["first_positive"] if row["first_positive"] else 0 for row in rows]
+    assert result["metrics"]["MRR@2"] == pytest.approx(sum(reciprocal) / 2)
+    assert moved_into_top(rows, rows).startswith("Moved into the top 3: 0 of 2 queries")
+
+    again = run_script(SCRIPT, *args)
+    assert json.loads((tmp_path / "deep/er/scores.json").read_text())["metrics"] == result["metrics"], again.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (["--add_instruction", "--query_instruction_for_retrieval", "x"], "--add_instruction and --query_instruction"),
+        (["--k", "0"], "k is 0: it has to be at least 1"),
+        (["--k", "10", "--cutoffs", "20"], "cut-off 20 is not between 1 and k, which is 10"),
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--output_file", "."], "--output_file '.' is not the name of a file"),
+        (["--output_file", "toy_query.json/metrics.json"], "its folder cannot be made"),
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--save_embedding"], "--save_embedding is not available: every run encodes the corpus itself"),
+        (["--save_path", "x.memmap"], "--save_path is not available"),
+        (["--pooling_method", "max"], "'max' is not one of cls, mean, last_token"),
+        (["--qrels", "none.tsv"], "none.tsv: cannot be read"),
+        (["--query_data", "toy_corpus.json"], 'toy_corpus.json:1: "query" or "text" is missing'),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(run_script, toy, args, expected):
+    done = run_script(SCRIPT, "--encoder", "no/such/model", *toy, *args, status=2)
+    assert expected in done.stderr and "Traceback" not in done.stderr and "no/such/model" not in done.stderr
+
+
+def test_mistakes_that_need_the_model(run_script, tiny_model, toy):
+    done = run_script(SCRIPT, "--encoder", "no/such/model", *toy, status=2)
+    assert "no/such/model" in done.stderr and "Traceback" not in done.stderr
+    done = run_script(SCRIPT, "--encoder", tiny_model, *toy, "--index_factory", "Flatt", status=2)
+    assert "FAISS cannot build the index 'Flatt'" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_help_is_instant(run_script):
+    started = time.perf_counter()
+    done = run_script(SCRIPT, "--help")
+    assert time.perf_counter() - started < 3
+    for flag in ("--encoder", "--qrels", "--save_ranking", "--index_factory"):
+        assert flag in done.stdout
+    assert "save_embedding" not in done.stdout
+
+
+def test_finds_what_it_should(run_script, real_model, toy, tmp_path):
+    """With a trained encoder every query finds its passage, and the saved folder's own pooling is used."""
+    run_script(SCRIPT, "--encoder", real_model, *toy, "--output_file", "m.json")
+    result = json.loads((tmp_path / "m.json").read_text())
+    assert result["metrics"]["MRR@1"] == 1 and result["model"]["pooling"] == "mean"

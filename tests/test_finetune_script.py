@@ -1,0 +1,285 @@
+"""scripts/finetune.py run as a user runs it, on a tiny encoder."""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from conftest import Run, build_tiny_model
+from safetensors.numpy import load_file
+
+from bge_accel import EmbeddingModel
+
+WORDS = "king queen forest river castle gold apple wolf bread stone night song mother snow ring ship door star".split()
+
+
+def write_rows(path: Path, count: int = 40, *, num_neg: int = 3, seed: int = 0, **extra: object) -> Path:
+    """Rows whose passages share a rare word with their query, so that there is something to learn."""
+    rng = random.Random(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for i in range(count):
+            phrase = " ".join(rng.choices(WORDS, k=3))
+            row = {
+                "query": f"who saw the {phrase} {i}?",
+                "pos": [f"It was the {phrase} {i} that they saw {j}." + " and" * rng.randint(0, 20) for j in range(2)],
+                "neg": [
+                    f"Nobody saw {' '.join(rng.choices(WORDS, k=rng.randint(2, 12)))} {i} {j}" for j in range(num_neg)
+                ],
+                **extra,
+            }
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def weights(folder: Path | str) -> dict[str, np.ndarray]:
+    # The attention's key bias has a true gradient of zero, of which AdamW makes noise.
+    return {k: v for k, v in load_file(Path(folder) / "model.safetensors").items() if not k.endswith("key.bias")}
+
+
+def log(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in open(folder / "train_log.jsonl")]
+
+
+def assert_same_weights(first: Path, second: Path, tolerance: float) -> None:
+    ours, theirs = weights(first), weights(second)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_allclose(ours[name], theirs[name], atol=tolerance, rtol=0, err_msg=name)
+
+
+def test_flagembeddings_documented_command_trains(tmp_path: Path, tiny_model: str, run_script: Run) -> None:
+    """The command line of FlagEmbedding's guide after the entry point is replaced, started by torchrun."""
+    data = write_rows(tmp_path / "toy_finetune_data.jsonl", 10)
+    result = run_script(
+        "finetune.py",
+        *("--output_dir", tmp_path / "out", "--model_name_or_path", tiny_model, "--train_data", data),
+        *"--learning_rate 1e-3 --fp16 --num_train_epochs 5 --per_device_train_batch_size 1 --dataloader_drop_last True "
+        "--normlized True --temperature 0.02 --query_max_len 64 --passage_max_len 256 --train_group_size 2 "
+        "--negatives_cross_device --logging_steps 10 --save_steps 1000".replace("256", "128").split(),
+        *("--query_instruction_for_retrieval", ""),
+        env={"WORLD_SIZE": "1"},
+    )
+    assert "50 steps" in result.stdout
+    assert "fp16 needs a GPU" in result.stderr + result.stdout
+    assert "--negatives_cross_device has no effect on one process" in result.stdout + result.stderr
+    assert "each query meets 1 negatives" in result.stdout + result.stderr
+    records = log(tmp_path / "out")
+    assert [record["step"] for record in records] == [10, 20, 30, 40, 50]
+    assert all(
+        np.abs(weights(tmp_path / "out")[k] - v).max() > 0 for k, v in weights(tiny_model).items() if "layer" in k
+    )
+    wanted = {"loss", "learning_rate", "grad_norm", "queries_per_second", "tokens_per_second", "padding", "memory_gb"}
+    assert wanted <= records[0].keys()
+    assert EmbeddingModel(str(tmp_path / "out")).settings.pooling == "cls"
+
+
+def test_newer_documented_flags_config_file_and_checkpoints(tmp_path: Path, tiny_model: str, run_script: Run) -> None:
+    """The newer guide's flags from YAML; distillation, instruction, mean pooling, checkpoints that load."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        write_rows(folder / name, 20, pos_scores=[1.0, 2.0], neg_scores=[0.0, 0.5, -1.0], seed=len(name))
+    run = {
+        "model_name_or_path": tiny_model,
+        "train_data": [str(folder)],
+        "cache_path": str(tmp_path / "cache"),
+        "train_group_size": 6,
+        "query_max_len": 32,
+        "passage_max_len": 64,
+        "pad_to_multiple_of": 8,
+        "query_instruction_for_retrieval": "Find it: ",
+        "knowledge_distillation": True,
+        "kd_loss_type": "kl_div",
+        "learning_rate": "1e-3",
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 8,
+        "gradient_checkpointing": True,
+        "warmup_ratio": 0.1,
+        "weight_decay": 0.01,
+        "sentence_pooling_method": "mean",
+        "normalize_embeddings": True,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "save_total_limit": 2,
+        "use_mrl": False,
+        "dataloader_num_workers": 0,
+    }
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
+    result = run_script("finetune.py", "--config", "run.yaml", "--output_dir", "out", "--max_steps", 7)
+    out = tmp_path / "out"
+    assert "--cache_path has no effect" in result.stdout + result.stderr
+    assert sorted(p.name for p in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert not list(out.glob("*incomplete*"))
+    for path in (out, out / "checkpoint-4", out / "checkpoint-6"):
+        model = EmbeddingModel(str(path))
+        assert model.settings.pooling == "mean" and model.settings.query_prefix == "Find it: "
+    assert any(np.abs(weights(out / "checkpoint-4")[k] - weights(out)[k]).max() > 0 for k in weights(out))
+    resolved = yaml.safe_load((out / "run_config.yaml").read_text())
+    assert resolved["max_steps"] == 7 and resolved["learning_rate"] == 1e-3
+    assert resolved["train_group_size"] == 6
+
+    # The resolved configuration repeats the run to the bit.
+    run_script("finetune.py", "--config", "out/run_config.yaml", "--output_dir", "again")
+    assert_same_weights(out, tmp_path / "again", 0.0)
+
+
+@pytest.fixture(scope="module")
+def steady_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny encoder without dropout, so that runs which share the work differently can be compared."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "steady", dropout=0.0)
+
+
+def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, steady_model: str, run_script: Run) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 30)
+    common = [
+        *("--model_name_or_path", steady_model, "--train_data", data, "--negatives_cross_device", "--logging_steps", 1),
+        *("--learning_rate", 1e-3, "--train_group_size", 3, "--num_train_epochs", 1, "--disable_tqdm"),
+    ]
+    one = run_script("finetune.py", *common, "--output_dir", "one", "--per_device_train_batch_size", 8)
+    two = run_script("finetune.py", *common, "--output_dir", "two", "--per_device_train_batch_size", 4, processes=2)
+    for result in (one, two):
+        assert "each query meets 23 negatives" in result.stdout
+    assert "2 process(es) x 4" in two.stdout
+    # 30 rows: three full batches and one of six, each query with the passages of the whole batch.
+    for ours, theirs in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
+        for key in ("loss", "accuracy", "grad_norm", "learning_rate", "hardest_negative_similarity"):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
+    assert len(log(tmp_path / "one")) == 4
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 2e-4)
+
+
+def test_accumulated_batches_equal_one_batch_without_in_batch_negatives(
+    tmp_path: Path, steady_model: str, run_script: Run
+) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 24)
+    common = [
+        *("--model_name_or_path", steady_model, "--train_data", data, "--use_inbatch_neg", "False"),
+        *("--learning_rate", 1e-3, "--train_group_size", 3, "--num_train_epochs", 1, "--logging_steps", 1),
+    ]
+    run_script("finetune.py", *common, "--output_dir", "one", "--per_device_train_batch_size", 8)
+    result = run_script(
+        *("finetune.py", *common, "--output_dir", "two", "--per_device_train_batch_size", 4),
+        *("--gradient_accumulation_steps", 2, "--max_tokens_per_micro_batch", 100),
+    )
+    assert "each query meets 2 negatives" in result.stdout
+    assert [r["step"] for r in log(tmp_path / "two")] == [1, 2, 3]
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 2e-5)
+
+
+def test_not_normalised_no_negatives_and_prompts_of_rows(tmp_path: Path, tiny_model: str, run_script: Run) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 24, num_neg=0, prompt="Own prompt: ")
+    result = run_script(
+        *("finetune.py", "--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out"),
+        *("--normalize_embeddings", "False", "--train_group_size", 4, "--max_steps", 2, "--logging_first_step"),
+        *("--fix_position_embedding", "--sentence_pooling_method", "last_token", "--save_strategy", "epoch"),
+    )
+    assert "the temperature is 1 (not 0.02)" in result.stdout + result.stderr
+    assert result.stdout.count("rows have no negatives") == 1
+    out = tmp_path / "out"
+    positions = "embeddings.position_embeddings.weight"
+    np.testing.assert_array_equal(weights(out)[positions], weights(tiny_model)[positions])
+    settings = EmbeddingModel(str(out)).settings
+    assert settings.normalize is False and settings.pooling == "last_token"
+    assert [r["step"] for r in log(out)] == [1, 2]
+
+
+def test_non_finite_loss_stops_with_step_and_rows(tmp_path: Path, tiny_model: str, run_script: Run) -> None:
+    data = write_rows(tmp_path / "rows.jsonl", 12)
+    result = run_script(
+        *("finetune.py", "--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out"),
+        *("--learning_rate", 1e30, "--max_grad_norm", 0, "--per_device_train_batch_size", 4, "--warmup_ratio", 0),
+        status=1,
+    )
+    assert "the loss is nan on the rows" in result.stderr and "rows.jsonl:" in result.stderr
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+GOOD = {"query": "q", "pos": ["p"], "neg": ["n"]}
+
+
+def test_bad_input_is_reported_before_anything_is_loaded_or_written(
+    tmp_path: Path, tiny_model: str, run_script: Run
+) -> None:
+    rows = [
+        b"not json",
+        b'["a list"]',
+        b'{"pos": ["p"]}',
+        b'{"query": 5, "pos": ["p"]}',
+        b'{"query": "q", "pos": "p"}',
+        b'{"query": "q", "pos": []}',
+        b'{"query": "q", "pos": ["p"], "neg": [3]}',
+        b'{"query": "q", "pos": ["p"], "neg": ["p"]}',
+        b'{"query": " ", "pos": ["p"]}',
+        b'{"query": "q\xff", "pos": ["p"]}',
+        b'{"query": "q", "pos": ["p", ""]}',
+    ]
+    (tmp_path / "bad.jsonl").write_bytes(b"\n".join([json.dumps(GOOD).encode(), *rows]))
+    result = run_script(
+        *("finetune.py", "--model_name_or_path", tiny_model, "--train_data", "bad.jsonl", "--output_dir", "out"),
+        status=2,
+    )
+    assert "11 faults in the input" in result.stderr and "... and 1 more" in result.stderr
+    for line in range(2, 12):
+        assert f"bad.jsonl:{line}: " in result.stderr
+    assert "Traceback" not in result.stderr and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train_data", "nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
+        (["--output_dir", "used"], "--output_dir used is in use"),
+        (["--model_name_or_path", "./no_model"], "--model_name_or_path ./no_model is not a folder"),
+        (["--learning_rate", "fast"], "'fast' is not a number"),
+        (["--per_device_train_batch_size", "0"], "it has to be at least 1"),
+        (["--fp16", "--bf16"], "exclude each other"),
+        (["--deepspeed", "ds.json"], "--deepspeed is not available: say so to `accelerate launch`"),
+        (["--use_inbatch_neg", "False", "--train_group_size", "1"], "leaves nothing to learn from"),
+        (["--lr", "1"], "unknown argument --lr"),
+        (["--knowledge_distillation"], 'no "pos_scores"/"neg_scores"'),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line(
+    tmp_path: Path, tiny_model: str, run_script: Run, flags: list[str], message: str
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 3)
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    args = {"--model_name_or_path": tiny_model, "--train_data": "rows.jsonl", "--output_dir": "out"}
+    given = [part for item in args.items() if item[0] not in flags for part in item]
+    result = run_script("finetune.py", *given, *flags, status=2, timeout=20)
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists() and os.listdir(tmp_path / "used") == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "0.7"], "take 0.01 to 0.1"),
+        (["--dataloader_drop_last", "True"], "do not fill one step of 32 queries"),
+        (["--query_max_len", "1000"], "takes 128 at most"),
+        (["--lr_scheduler_type", "steep"], "steep"),
+    ],
+)
+def test_settings_that_need_the_model_are_refused_before_a_file_is_written(
+    tmp_path: Path, tiny_model: str, run_script: Run, flags: list[str], message: str
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", 3)
+    result = run_script(
+        *(
+            "finetune.py",
+            "--model_name_or_path",
+            tiny_model,
+            "--train_data",
+            "rows.jsonl",
+            "--output_dir",
+            "out",
+            *flags,
+        ),
+        status=2,
+    )
+    assert message in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,91 @@
+"""The step gives the gradient of the plain computation, whatever is kept, recomputed or spread over processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bge_accel.batching import make_token_batch
+from bge_accel.losses import contrastive_loss
+from bge_accel.model import Encoder, load_encoder
+from bge_accel.training import embed_and_backward
+
+TEXTS = [[2, *range(5, 5 + length), 3] for length in (3, 30, 9, 9, 1, 17, 5, 24, 40, 2)]
+
+
+def step_gradient(encoder: Encoder, keep: int | None) -> torch.Tensor:
+    tokens = make_token_batch(TEXTS, pad_token_id=0, max_tokens=70, overhead_tokens=8)
+    assert len(tokens.micro_batches) > 2
+
+    def loss_fn(emb: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return contrastive_loss(emb[:5], emb[5:], temperature=0.1, group_size=1).loss, None
+
+    encoder.zero_grad()
+    embed_and_backward(encoder, tokens, loss_fn, device=torch.device("cpu"), max_kept_tokens=keep)
+    return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+def plain_gradient(encoder: Encoder) -> torch.Tensor:
+    emb = torch.cat([encoder(torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.int64)) for ids in TEXTS])
+    scores = emb[:5] @ emb[5:].T / 0.1
+    encoder.zero_grad()
+    torch.nn.functional.cross_entropy(scores, torch.arange(5)).backward()
+    return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("keep", [None, 0, 60])
+def test_gradient_equals_plain_autograd_in_float64(tiny_model: str, pooling: str, keep: int | None) -> None:
+    encoder, _, _ = load_encoder(tiny_model, pooling=pooling, dtype=torch.float64)  # eval mode: no dropout
+    expected = plain_gradient(encoder)
+    assert (step_gradient(encoder, keep) - expected).norm() < 1e-10 * expected.norm()
+
+
+def test_recomputation_replays_dropout(tiny_model: str) -> None:
+    encoder, _, _ = load_encoder(tiny_model, dtype=torch.float64)
+    encoder.train()
+    gradients = []
+    for keep in (None, 0, 60):
+        torch.manual_seed(7)
+        gradients.append(step_gradient(encoder, keep))
+        following = torch.rand(1)  # the generator goes on as if nothing had been replayed
+        gradients[-1] = torch.cat([gradients[-1], following.double()])
+    torch.manual_seed(8)
+    other = step_gradient(encoder, None)
+    assert (gradients[0][:-1] - other).norm() > 1e-3 * other.norm(), "dropout is off"
+    for gradient in gradients[1:]:
+        torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=1e-12)
+
+
+def test_scaled_loss_scales_the_gradient_and_passes_add_up(tiny_model: str) -> None:
+    encoder, _, _ = load_encoder(tiny_model, dtype=torch.float64)
+    once = step_gradient(encoder, None).clone()
+    tokens = make_token_batch(TEXTS, pad_token_id=0, max_tokens=70)
+    encoder.zero_grad()
+    for keep in (None, 0):
+        embed_and_backward(
+            encoder,
+            tokens,
+            lambda emb: (contrastive_loss(emb[:5], emb[5:], temperature=0.1, group_size=1).loss, None),
+            device=torch.device("cpu"),
+            max_kept_tokens=keep,
+            scale_loss=lambda loss: loss * 2,
+        )
+    summed = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
+    torch.testing.assert_close(summed, 4 * once, rtol=1e-10, atol=1e-12)
+
+
+def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(tiny_model: str) -> None:
+    # Checked to fail with: first_query left at 0; the gather without its backward; one sync too many (no_sync left out).
+    script = Path(__file__).with_name("distributed_step.py")
+    result = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, tiny_model],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
