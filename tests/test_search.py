@@ -55,9 +55,9 @@ def test_ties_go_to_the_smaller_index(backend, seed, monkeypatch):
 
 
 def test_negative_zero_ties_with_zero(backend):
-    corpus_emb = np.array([[0.0], [-0.0], [-1.0], [0.0]], dtype=np.float32)
-    scores, indices = search(build_index(corpus_emb), np.array([[1.0]], dtype=np.float32), 4)
-    assert indices.tolist() == [[0, 1, 3, 2]] and scores.tolist() == [[0, 0, 0, -1]]
+    corpus_emb = np.array([[-0.0], [0.0], [-1.0], [-0.0]], dtype=np.float32)
+    scores, indices = search(build_index(corpus_emb), np.array([[1], [2]], dtype=np.float32), 4)
+    assert indices.tolist() == [[0, 1, 3, 2]] * 2 and scores.tolist() == [[0, 0, 0, -1], [0, 0, 0, -2]]
 
 
 def test_more_than_the_corpus_holds(backend):
