@@ -4,12 +4,15 @@ InfoNCE (van den Oord et al. 2018, https://arxiv.org/abs/1807.03748, eq. 4) with
 negatives, as in DPR (Karpukhin et al. 2020, https://arxiv.org/abs/2004.04906, section 3).
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+Pairs = tuple[torch.Tensor, torch.Tensor]
 
 
 class ContrastiveLoss(NamedTuple):
@@ -31,8 +34,9 @@ def contrastive_loss(
     group_size: int,
     first_query: int = 0,
     in_batch_negatives: bool = True,
-    masked: tuple[torch.Tensor, torch.Tensor] | None = None,
+    masked: Pairs | None = None,
     teacher_scores: torch.Tensor | None = None,
+    max_scores: int = 2**24,
 ) -> ContrastiveLoss:
     """Mean cross-entropy of each query's positive among the passages, in float32 or better.
 
@@ -47,46 +51,139 @@ def contrastive_loss(
         masked: (rows, columns), int64, of the scores to leave out: known positives that are not the target.
         teacher_scores: (queries, group_size); adds the cross-entropy between the soft-max of these and that of the
             query's scores over its own group (knowledge distillation, FlagEmbedding's `kl_div`).
+        max_scores: a matrix of more scores is never held whole but computed in tiles of so many, and again in backward;
+            the result is the same up to rounding.
 
     Returns:
         The loss and its figures; all scalars.
     """
     dtype = torch.float64 if q_emb.dtype == torch.float64 else torch.float32
     q_emb, p_emb = q_emb.to(dtype), p_emb.to(dtype)
-    num_queries = q_emb.shape[0]
+    num_queries, num_passages = q_emb.shape[0], p_emb.shape[0]
     with torch.autocast(q_emb.device.type, enabled=False):
         rows = torch.arange(num_queries, device=q_emb.device)
         own = (first_query + rows)[:, None] * group_size + torch.arange(group_size, device=q_emb.device)
-        if in_batch_negatives:
-            similarities = q_emb @ p_emb.T
-            target = own[:, 0]
-        else:
-            similarities = torch.einsum("qd,qgd->qg", q_emb, p_emb[own])
-            target = torch.zeros_like(rows)
-        scores = similarities / temperature
-        group_scores = scores.gather(1, own) if in_batch_negatives else scores
-        if masked is not None:
-            row, column = masked
-            if not in_batch_negatives:  # columns count within the group
-                column = column - own[row, 0]
+        group = None  # similarities of each query with its own group
+        if teacher_scores is not None or not in_batch_negatives:
+            group = torch.einsum("qd,qgd->qg", q_emb, p_emb[own])
+        if not in_batch_negatives:
+            if masked is not None:  # columns count within the group
+                row, column = masked[0], masked[1] - own[masked[0], 0]
                 inside = (column >= 0) & (column < group_size)
-                row, column = row[inside], column[inside]
-            scores = scores.index_put((row, column), scores.new_tensor(-torch.inf))
-        loss = F.cross_entropy(scores, target)
+                masked = row[inside], column[inside]
+            nll, positive, hardest = _plain_nll(group, torch.zeros_like(rows), temperature, masked)
+        elif num_queries * num_passages <= max_scores:
+            nll, positive, hardest = _plain_nll(q_emb @ p_emb.T, own[:, 0], temperature, masked)
+        else:
+            nll, positive, hardest = _TiledNLL.apply(q_emb, p_emb, own[:, 0], temperature, masked, max_scores)
+        loss = nll.mean()
         if teacher_scores is not None:
             teacher = teacher_scores.to(dtype).softmax(-1)
-            loss = loss - (group_scores.log_softmax(-1) * teacher).sum(-1).mean()
+            loss = loss - ((group / temperature).log_softmax(-1) * teacher).sum(-1).mean()
         with torch.no_grad():
-            positive = similarities[rows, target]
-            negatives = scores.detach().index_put((rows, target), scores.new_tensor(-torch.inf))
-            if negatives.shape[1] > 1:
-                hardest = negatives.amax(1) * temperature
-            else:
-                hardest = torch.full_like(positive, -torch.inf)
             met = hardest.isfinite()  # a query may meet no negative at all
             hardest_mean = hardest[met].mean() if met.any() else hardest.new_tensor(float("nan"))
             accuracy = (positive > hardest).to(dtype).mean()
     return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean)
+
+
+def _plain_nll(
+    similarities: torch.Tensor, target: torch.Tensor, temperature: float, masked: Pairs | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Negative log-likelihood, positive and hardest negative similarity of each query, from the whole matrix."""
+    minus_infinity = similarities.new_tensor(-torch.inf)
+    if masked is not None:
+        similarities = similarities.index_put(masked, minus_infinity)
+    nll = F.cross_entropy(similarities / temperature, target, reduction="none")
+    rows = torch.arange(len(target), device=target.device)
+    with torch.no_grad():
+        positive = similarities[rows, target]
+        hardest = similarities.detach().index_put((rows, target), minus_infinity).amax(1)
+    return nll, positive, hardest
+
+
+class _TiledNLL(torch.autograd.Function):
+    """`_plain_nll` of `q_emb @ p_emb.T` without that matrix: tiles with a running log-sum-exp, computed again in
+    backward (as in FlashAttention, Dao et al. 2022, https://arxiv.org/abs/2205.14135, algorithm 1)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q_emb: torch.Tensor,
+        p_emb: torch.Tensor,
+        target: torch.Tensor,
+        temperature: float,
+        masked: Pairs | None,
+        max_scores: int,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        tiles = _Tiles(len(q_emb), len(p_emb), masked, max_scores)
+        lse = q_emb.new_full((len(q_emb),), -torch.inf)
+        positive, hardest = torch.empty_like(lse), lse.clone()
+        for rows, columns, pairs in tiles:
+            scores = q_emb[rows] @ p_emb[columns].T
+            scores[pairs] = -torch.inf
+            at, inside = _targets_in(target[rows], columns)
+            positive[rows][inside] = scores[inside, at]
+            lse[rows] = torch.logaddexp(lse[rows], (scores / temperature).logsumexp(1))
+            scores[inside, at] = -torch.inf
+            hardest[rows] = torch.maximum(hardest[rows], scores.amax(1))
+        ctx.save_for_backward(q_emb, p_emb, target, lse)
+        ctx.temperature, ctx.tiles = temperature, tiles
+        ctx.mark_non_differentiable(positive, hardest)
+        return lse - positive / temperature, positive, hardest
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q_emb, p_emb, target, lse = ctx.saved_tensors
+        weight = grads[0] / ctx.temperature
+        q_grad, p_grad = torch.zeros_like(q_emb), torch.zeros_like(p_emb)
+        for rows, columns, pairs in ctx.tiles:
+            scores = q_emb[rows] @ p_emb[columns].T
+            scores[pairs] = -torch.inf
+            # Gradient of the scores: soft-max minus one at the target, times the incoming gradient.
+            scores.div_(ctx.temperature).sub_(lse[rows, None]).exp_()
+            at, inside = _targets_in(target[rows], columns)
+            scores[inside, at] -= 1
+            scores.mul_(weight[rows, None])
+            q_grad[rows].addmm_(scores, p_emb[columns])
+            p_grad[columns].addmm_(scores.T, q_emb[rows])
+        return q_grad, p_grad, None, None, None, None
+
+
+def _targets_in(target: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """(columns, rows) within a tile of the targets that lie in it."""
+    inside = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
+    return target[inside] - columns.start, inside
+
+
+class _Tiles:
+    """Row and column slices that cover the scores, each with the masked pairs inside it (counted from its corner)."""
+
+    def __init__(self, num_rows: int, num_columns: int, masked: Pairs | None, max_scores: int) -> None:
+        width = max(1, min(num_columns, math.isqrt(max_scores) * 2))
+        height = max(1, min(num_rows, max_scores // width))
+        self.slices = [
+            (slice(row, min(row + height, num_rows)), slice(column, min(column + width, num_columns)))
+            for row in range(0, num_rows, height)
+            for column in range(0, num_columns, width)
+        ]
+        self.masked: Pairs | None = None
+        if masked is not None and len(masked[0]):
+            row, column = masked
+            tile = row // height * -(-num_columns // width) + column // width
+            order = tile.argsort()
+            self.masked = row[order] % height, column[order] % width
+            edges = torch.arange(len(self.slices) + 1, device=tile.device)
+            self.starts = torch.searchsorted(tile[order], edges).tolist()
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Pairs]]:
+        nothing = torch.empty(0, dtype=torch.int64)
+        for index, (rows, columns) in enumerate(self.slices):
+            pairs = (nothing, nothing)
+            if self.masked is not None:
+                inside = slice(self.starts[index], self.starts[index + 1])
+                pairs = self.masked[0][inside], self.masked[1][inside]
+            yield rows, columns, pairs
 
 
 def known_positive_pairs(

@@ -5,6 +5,7 @@ encoder micro-batch by micro-batch, from the graphs that were kept or by computi
 2021, https://arxiv.org/abs/2101.06983). So the batch size is a choice about learning, not about memory.
 """
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TypeVar
@@ -16,38 +17,100 @@ from bge_accel.batching import TokenBatch
 Output = TypeVar("Output")
 
 
+class ActivationBudget:
+    """Decides how many micro-batches keep their graphs, from what a token's activations cost.
+
+    Args:
+        max_bytes: what activations may take; infinite keeps all, 0 recomputes all.
+        bytes_per_token: of a padded token; None has it measured on the first micro-batch of the first step.
+    """
+
+    def __init__(self, max_bytes: float = float("inf"), bytes_per_token: float | None = None) -> None:
+        self.max_bytes, self.bytes_per_token = max_bytes, bytes_per_token
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether `num_kept` can answer without a measurement."""
+        return self.bytes_per_token is not None or self.max_bytes in (0, float("inf"))
+
+    def num_kept(self, tokens: list[int]) -> int:
+        """How many micro-batches, counted from the last (the shortest texts), fit the budget together."""
+        if self.max_bytes == float("inf"):
+            return len(tokens)
+        kept = total = 0
+        for size in reversed(tokens):
+            total += size
+            if total * (self.bytes_per_token or 0) > self.max_bytes or self.max_bytes == 0:
+                break
+            kept += 1
+        return kept
+
+
+def automatic_activation_bytes(device: torch.device, num_parameters: int) -> float:
+    """Bytes that activations may take on this process: most of what is free, less what the optimiser will need.
+
+    On a GPU 70 % of its free memory, on a CPU half of what the machine has to give, shared among its processes.
+    """
+    optimizer = 12 * num_parameters  # gradient and two moments, in float32
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return max(0.7 * (free + unused - optimizer), 0.0)
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return max(0.5 * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 0.0)
+
+
 def embed_and_backward(
     encoder: torch.nn.Module,
     batch: TokenBatch,
     loss_fn: Callable[[torch.Tensor], tuple[torch.Tensor, Output]],
     *,
     device: torch.device,
-    max_kept_tokens: int | None = None,
+    activations: ActivationBudget | None = None,
     scale_loss: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
+    backward: Callable[[torch.Tensor, torch.Tensor, bool], None] | None = None,
     last: bool = True,
 ) -> Output:
     """Adds the gradient of a loss on the embeddings of a batch to the encoder's parameters.
 
     Args:
-        encoder: maps `input_ids` and `attention_mask` to embeddings (texts, dim); may be wrapped by DDP.
+        encoder: maps `input_ids` and `attention_mask` to embeddings (texts, dim); may be wrapped by DDP or sharded.
         loss_fn: from the embeddings (num_texts, dim), in the order of the texts, to (loss, anything to return).
-        max_kept_tokens: activations are kept for as many (padded) tokens, counted in whole micro-batches; the rest
-            is recomputed, with the same dropout. None keeps all, 0 none. The gradient is the same.
+        activations: which graphs are kept; the rest is recomputed, with the same dropout. The gradient is the same.
+            By default all are kept.
         scale_loss: applied before differentiating: loss scaling, division by accumulation steps.
         no_sync: context in which DDP does not average gradients.
-        last: whether this is the last backward pass before the optimiser steps; else nothing is averaged.
+        backward: in place of autograd's: (embeddings, their gradient, whether it is the step's last). Needs a budget
+            of 0.
+        last: whether this is the last batch before the optimiser steps; else nothing is averaged.
     """
+    activations = activations or ActivationBudget()
+    assert backward is None or activations.max_bytes == 0
     inputs = [{name: tensor.to(device, non_blocking=True) for name, tensor in mb.items()} for mb in batch.micro_batches]
-    keep = _kept_from_the_end([mb["input_ids"].numel() for mb in inputs], max_kept_tokens)
+    sizes = [mb["input_ids"].numel() for mb in inputs]
+
+    states, embeddings = [], []
+    if not activations.is_settled:
+        states.append(_rng_state(device))
+        with no_sync():
+            first, used = _with_measured_activations(encoder, inputs[0], device)
+        activations.bytes_per_token = used / sizes[0]
+        embeddings.append(first.detach())
+        del first
+    keep = activations.num_kept(sizes[len(states) :])
     recompute = len(inputs) - keep
     # One joint backward pass over all kept graphs: DDP averages each gradient once, when it is complete. Where some
     # micro-batches are computed again, the last of these carries the averaging, so nothing before it may start it.
     sync_in_joint = last and recompute == 0
 
-    embeddings, states = [], []
     with torch.no_grad():
-        for micro_batch in inputs[:recompute]:
+        for micro_batch in inputs[len(states) : recompute]:
             states.append(_rng_state(device))
             embeddings.append(encoder(**micro_batch))
     with nullcontext() if sync_in_joint else no_sync():
@@ -56,14 +119,13 @@ def embed_and_backward(
     together = torch.cat([*embeddings, *(emb.detach() for emb in kept)])
     del embeddings
     restore = batch.restore.to(device)
-    leaf = together.float() if together.dtype in (torch.float16, torch.bfloat16) else together
-    leaf = leaf[restore].requires_grad_()
+    leaf = together[restore].requires_grad_()
     loss, output = loss_fn(leaf)
     scale_loss(loss).backward()
     assert leaf.grad is not None
     # Undo the order: the gradient of each micro-batch's rows.
     grad = torch.empty_like(together)
-    grad[restore] = leaf.grad.to(together.dtype)
+    grad[restore] = leaf.grad
     grads = list(grad.split([len(mb["input_ids"]) for mb in inputs]))
 
     if kept:
@@ -71,23 +133,39 @@ def embed_and_backward(
             torch.autograd.backward(kept, grads[recompute:])
         del kept
     for index in range(recompute):
-        sync = last and index == recompute - 1
-        with nullcontext() if sync else no_sync(), _replayed_rng(states[index], device):
-            encoder(**inputs[index]).backward(gradient=grads[index])
+        is_last = last and index == recompute - 1
+        with nullcontext() if is_last else no_sync(), _replayed_rng(states[index], device):
+            embedded = encoder(**inputs[index])
+            if backward is None:
+                embedded.backward(gradient=grads[index])
+            else:
+                backward(embedded, grads[index], is_last)
     return output
 
 
-def _kept_from_the_end(tokens: list[int], max_kept: int | None) -> int:
-    """How many micro-batches, counted from the last (the shortest texts), fit `max_kept` tokens together."""
-    if max_kept is None:
-        return len(tokens)
-    kept = total = 0
-    for size in reversed(tokens):
-        total += size
-        if total > max_kept:
-            break
-        kept += 1
-    return kept
+def _with_measured_activations(
+    encoder: torch.nn.Module, inputs: dict[str, torch.Tensor], device: torch.device
+) -> tuple[torch.Tensor, float]:
+    """The embeddings and how many bytes are held for their backward pass."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        embedded = encoder(**inputs)
+        return embedded, float(torch.cuda.memory_allocated(device) - before)
+    # A CPU does not say what is allocated: add up what autograd saves, weights not counted.
+    storages = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        embedded = encoder(**inputs)
+    for parameter in encoder.parameters():
+        storages.pop(parameter.untyped_storage().data_ptr(), None)
+    # With gradient checkpointing, each layer's input is held without being saved by autograd.
+    tokens, layers = inputs["input_ids"].numel(), sum(1 for name, _ in encoder.named_modules() if name[-1:].isdigit())
+    held_inputs = tokens * embedded.shape[-1] * embedded.element_size() * layers
+    return embedded, float(max(sum(storages.values()), held_inputs))
 
 
 def _rng_state(device: torch.device) -> tuple[torch.Tensor, torch.Tensor | None]:

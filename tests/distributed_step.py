@@ -4,6 +4,7 @@ Prints nothing and exits 0 where every gradient agrees, else fails with the case
 """
 
 import itertools
+import math
 import sys
 
 import numpy as np
@@ -15,7 +16,7 @@ from bge_accel.batching import make_token_batch
 from bge_accel.distributed import gather, gather_with_grad
 from bge_accel.losses import contrastive_loss, known_positive_pairs
 from bge_accel.model import load_encoder
-from bge_accel.training import embed_and_backward
+from bge_accel.training import ActivationBudget, embed_and_backward
 
 QUERIES, GROUP = 3, 2  # on each process
 
@@ -52,7 +53,8 @@ def gradient(
     encoder.zero_grad()
     model = wrapped if wrapped is not None else encoder
     no_sync = {"no_sync": lambda: accelerator.no_sync(model)} if accelerator else {}
-    loss = embed_and_backward(model, tokens, loss_fn, device=torch.device("cpu"), max_kept_tokens=keep, **no_sync)
+    budget = ActivationBudget(keep, bytes_per_token=1)
+    loss = embed_and_backward(model, tokens, loss_fn, device=torch.device("cpu"), activations=budget, **no_sync)
     if accelerator:
         loss = accelerator.reduce(loss.clone(), "sum") / world
     grads = [p.grad.flatten() for p in encoder.parameters() if p.requires_grad and p.grad is not None]
@@ -77,13 +79,13 @@ def main(model_path: str) -> None:
                 module.p = 0.0
         encoder.backbone.config.attention_probs_dropout_prob = 0.0
         encoder.train()
-        expected, expected_loss = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=None)
-        unmasked, _ = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=None, mask=False)
+        expected, expected_loss = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=math.inf)
+        unmasked, _ = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=math.inf, mask=False)
         assert (expected - unmasked).norm() > 1e-3 * expected.norm(), "the planted positives change nothing"
         tolerance = 1e-10 if dtype == torch.float64 else 1e-5
         wrapped = accelerator.prepare(encoder)
         assert type(wrapped).__name__ == "DistributedDataParallel"
-        for keep in (None, 0, 100):
+        for keep in (math.inf, 0, 100):
             found, loss = gradient(
                 encoder, queries[q], passages[p], ids[p], all_known[q],
                 cross=True, keep=keep, wrapped=wrapped, accelerator=accelerator,

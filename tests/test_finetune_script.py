@@ -35,7 +35,8 @@ def write_rows(path: Path, count: int = 40, *, num_neg: int = 3, seed: int = 0, 
 
 
 def weights(folder: Path | str) -> dict[str, np.ndarray]:
-    # The attention's key bias has a true gradient of zero, of which AdamW makes noise.
+    # The attention's key bias has a true gradient of zero, of which AdamW makes noise. (For the same reason the runs
+    # that are compared have a large --adam_epsilon: a step is then proportional to its gradient.)
     return {k: v for k, v in load_file(Path(folder) / "model.safetensors").items() if not k.endswith("key.bias")}
 
 
@@ -56,18 +57,18 @@ def test_flagembeddings_documented_command_trains(tmp_path: Path, tiny_model: st
     result = run_script(
         "finetune.py",
         *("--output_dir", tmp_path / "out", "--model_name_or_path", tiny_model, "--train_data", data),
-        *"--learning_rate 1e-3 --fp16 --num_train_epochs 5 --per_device_train_batch_size 1 --dataloader_drop_last True "
+        *"--learning_rate 1e-3 --fp16 --num_train_epochs 2 --per_device_train_batch_size 1 --dataloader_drop_last True "
         "--normlized True --temperature 0.02 --query_max_len 64 --passage_max_len 256 --train_group_size 2 "
         "--negatives_cross_device --logging_steps 10 --save_steps 1000".replace("256", "128").split(),
         *("--query_instruction_for_retrieval", ""),
         env={"WORLD_SIZE": "1"},
     )
-    assert "50 steps" in result.stdout
+    assert "20 steps" in result.stdout
     assert "fp16 needs a GPU" in result.stderr + result.stdout
     assert "--negatives_cross_device has no effect on one process" in result.stdout + result.stderr
     assert "each query meets 1 negatives" in result.stdout + result.stderr
     records = log(tmp_path / "out")
-    assert [record["step"] for record in records] == [10, 20, 30, 40, 50]
+    assert [record["step"] for record in records] == [10, 20]
     assert all(
         np.abs(weights(tmp_path / "out")[k] - v).max() > 0 for k, v in weights(tiny_model).items() if "layer" in k
     )
@@ -136,7 +137,7 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, steady_
     data = write_rows(tmp_path / "rows.jsonl", 30)
     common = [
         *("--model_name_or_path", steady_model, "--train_data", data, "--negatives_cross_device", "--logging_steps", 1),
-        *("--learning_rate", 1e-3, "--train_group_size", 3, "--num_train_epochs", 1, "--disable_tqdm"),
+        *("--learning_rate", 1e-3, "--train_group_size", 3, "--num_train_epochs", 1, "--adam_epsilon", 0.01),
     ]
     one = run_script("finetune.py", *common, "--output_dir", "one", "--per_device_train_batch_size", 8)
     two = run_script("finetune.py", *common, "--output_dir", "two", "--per_device_train_batch_size", 4, processes=2)
@@ -145,10 +146,10 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, steady_
     assert "2 process(es) x 4" in two.stdout
     # 30 rows: three full batches and one of six, each query with the passages of the whole batch.
     for ours, theirs in zip(log(tmp_path / "one"), log(tmp_path / "two"), strict=True):
-        for key in ("loss", "accuracy", "grad_norm", "learning_rate", "hardest_negative_similarity"):
+        for key in ("loss", "grad_norm", "learning_rate", "hardest_negative_similarity"):
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
     assert len(log(tmp_path / "one")) == 4
-    assert_same_weights(tmp_path / "one", tmp_path / "two", 2e-4)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-6)
 
 
 def test_accumulated_batches_equal_one_batch_without_in_batch_negatives(
@@ -158,6 +159,7 @@ def test_accumulated_batches_equal_one_batch_without_in_batch_negatives(
     common = [
         *("--model_name_or_path", steady_model, "--train_data", data, "--use_inbatch_neg", "False"),
         *("--learning_rate", 1e-3, "--train_group_size", 3, "--num_train_epochs", 1, "--logging_steps", 1),
+        *("--adam_epsilon", 0.01),
     ]
     run_script("finetune.py", *common, "--output_dir", "one", "--per_device_train_batch_size", 8)
     result = run_script(
@@ -166,7 +168,7 @@ def test_accumulated_batches_equal_one_batch_without_in_batch_negatives(
     )
     assert "each query meets 2 negatives" in result.stdout
     assert [r["step"] for r in log(tmp_path / "two")] == [1, 2, 3]
-    assert_same_weights(tmp_path / "one", tmp_path / "two", 2e-5)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-6)
 
 
 def test_not_normalised_no_negatives_and_prompts_of_rows(tmp_path: Path, tiny_model: str, run_script: Run) -> None:

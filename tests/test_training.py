@@ -11,12 +11,18 @@ import torch
 from bge_accel.batching import make_token_batch
 from bge_accel.losses import contrastive_loss
 from bge_accel.model import Encoder, load_encoder
-from bge_accel.training import embed_and_backward
+from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
 
+BUDGETS = {
+    "all": ActivationBudget,
+    "none": lambda: ActivationBudget(0),
+    "some": lambda: ActivationBudget(60, bytes_per_token=1),
+    "measured": lambda: ActivationBudget(500_000),
+}
 TEXTS = [[2, *range(5, 5 + length), 3] for length in (3, 30, 9, 9, 1, 17, 5, 24, 40, 2)]
 
 
-def step_gradient(encoder: Encoder, keep: int | None) -> torch.Tensor:
+def step_gradient(encoder: Encoder, keep: str) -> torch.Tensor:
     tokens = make_token_batch(TEXTS, pad_token_id=0, max_tokens=70, overhead_tokens=8)
     assert len(tokens.micro_batches) > 2
 
@@ -24,7 +30,7 @@ def step_gradient(encoder: Encoder, keep: int | None) -> torch.Tensor:
         return contrastive_loss(emb[:5], emb[5:], temperature=0.1, group_size=1).loss, None
 
     encoder.zero_grad()
-    embed_and_backward(encoder, tokens, loss_fn, device=torch.device("cpu"), max_kept_tokens=keep)
+    embed_and_backward(encoder, tokens, loss_fn, device=torch.device("cpu"), activations=BUDGETS[keep]())
     return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
 
 
@@ -37,8 +43,8 @@ def plain_gradient(encoder: Encoder) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
-@pytest.mark.parametrize("keep", [None, 0, 60])
-def test_gradient_equals_plain_autograd_in_float64(tiny_model: str, pooling: str, keep: int | None) -> None:
+@pytest.mark.parametrize("keep", list(BUDGETS))
+def test_gradient_equals_plain_autograd_in_float64(tiny_model: str, pooling: str, keep: str) -> None:
     encoder, _, _ = load_encoder(tiny_model, pooling=pooling, dtype=torch.float64)  # eval mode: no dropout
     expected = plain_gradient(encoder)
     assert (step_gradient(encoder, keep) - expected).norm() < 1e-10 * expected.norm()
@@ -48,13 +54,13 @@ def test_recomputation_replays_dropout(tiny_model: str) -> None:
     encoder, _, _ = load_encoder(tiny_model, dtype=torch.float64)
     encoder.train()
     gradients = []
-    for keep in (None, 0, 60):
+    for keep in BUDGETS:
         torch.manual_seed(7)
         gradients.append(step_gradient(encoder, keep))
         following = torch.rand(1)  # the generator goes on as if nothing had been replayed
         gradients[-1] = torch.cat([gradients[-1], following.double()])
     torch.manual_seed(8)
-    other = step_gradient(encoder, None)
+    other = step_gradient(encoder, "all")
     assert (gradients[0][:-1] - other).norm() > 1e-3 * other.norm(), "dropout is off"
     for gradient in gradients[1:]:
         torch.testing.assert_close(gradient, gradients[0], rtol=0, atol=1e-12)
@@ -62,16 +68,16 @@ def test_recomputation_replays_dropout(tiny_model: str) -> None:
 
 def test_scaled_loss_scales_the_gradient_and_passes_add_up(tiny_model: str) -> None:
     encoder, _, _ = load_encoder(tiny_model, dtype=torch.float64)
-    once = step_gradient(encoder, None).clone()
+    once = step_gradient(encoder, "all").clone()
     tokens = make_token_batch(TEXTS, pad_token_id=0, max_tokens=70)
     encoder.zero_grad()
-    for keep in (None, 0):
+    for keep in ("all", "none"):
         embed_and_backward(
             encoder,
             tokens,
             lambda emb: (contrastive_loss(emb[:5], emb[5:], temperature=0.1, group_size=1).loss, None),
             device=torch.device("cpu"),
-            max_kept_tokens=keep,
+            activations=BUDGETS[keep](),
             scale_loss=lambda loss: loss * 2,
         )
     summed = torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
@@ -89,3 +95,18 @@ def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(tiny_model:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert result.returncode == 0, result.stderr[-6000:]
+
+
+def test_budget_measures_and_keeps_as_many_graphs_as_it_allows(tiny_model: str) -> None:
+    encoder, _, _ = load_encoder(tiny_model)
+    budget = ActivationBudget(1_000_000)
+    assert not budget.is_settled and ActivationBudget().is_settled and ActivationBudget(0).is_settled
+    tokens = make_token_batch(TEXTS, pad_token_id=0, max_tokens=70)
+    embed_and_backward(encoder, tokens, lambda emb: (emb.sum(), None), device=torch.device("cpu"), activations=budget)
+    # Two layers of dimension 32: some twenty vectors of it are saved for each token and layer, and no weights.
+    assert 2 * 32 * 4 * 10 < budget.bytes_per_token < 2 * 32 * 4 * 60
+    budget.bytes_per_token = 10_000.0
+    assert budget.num_kept([60, 50, 30, 20]) == 3
+    assert budget.num_kept([60, 101]) == 0
+    assert ActivationBudget(0, bytes_per_token=1).num_kept([1, 1]) == 0
+    assert 0 < automatic_activation_bytes(torch.device("cpu"), 1000) < 1e13

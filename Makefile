@@ -1,0 +1,35 @@
+# make demo            the main job on real input: evaluate, fine-tune, evaluate (under 10 minutes on two cores)
+# make demo MODEL=...  the same with another encoder: a folder or a name on the hub
+# make test            every test but the long proofs; make test-slow runs those
+# make demo-compare    the demonstration with three seeds
+# make lint            ruff and mypy
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo demo-compare test test-slow lint install
+
+install: .venv/installed
+
+.venv/installed: requirements.txt requirements-dev.txt constraints.txt pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r requirements-dev.txt -e .
+	touch $@
+
+demo: install
+	$(BIN)/python scripts/demo.py $(if $(MODEL),--model_name_or_path "$(MODEL)")
+
+demo-compare: install
+	$(BIN)/python scripts/demo.py --seeds 1 2 3 --output_dir outputs/demo-compare $(if $(MODEL),--model_name_or_path "$(MODEL)")
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: install
+	$(BIN)/python -m pytest -m slow
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

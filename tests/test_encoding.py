@@ -1,0 +1,344 @@
+"""Encoding: batches, windows and order change nothing; instructions, lengths and precision are what was asked for."""
+
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from bge_accel import EmbeddingModel, FlagModel, encoding
+from bge_accel.encoding import cpu_has_bf16, default_device, encode_texts, prefetch, resolve_dtype
+from bge_accel.model import load_encoder, save_encoder
+
+TEXTS = [
+    "what is a list?",
+    "a",
+    "",
+    "the princess, the king and the story",
+    "的是 不了",
+    "😀 café",
+    "\n\t ",
+    "x " * 300,
+]
+TEXTS += [f"{'value ' * (number % 7)}string {number}" for number in range(22)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models this small are many times faster without threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """The tiny model, mean-pooled, with instructions for queries and passages."""
+    path = str(tmp_path_factory.mktemp("encoding") / "model")
+    encoder, tokenizer, settings = load_encoder(
+        tiny_model, pooling="mean", query_prefix="who did ", passage_prefix="story: "
+    )
+    save_encoder(path, encoder, tokenizer, settings)
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return EmbeddingModel(folder, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def one_by_one(model):
+    return np.stack([model.encode(text) for text in TEXTS])
+
+
+def close(ours, theirs):
+    return ours.shape == theirs.shape and np.abs(ours - theirs).max() < 1e-5
+
+
+# ---- shapes and order
+
+
+def test_a_text_gives_a_vector_and_a_list_an_array(model):
+    assert model.dim == 32
+    vector, one, none = model.encode("a"), model.encode(["a"]), model.encode([])
+    assert (vector.shape, one.shape, none.shape) == ((32,), (1, 32), (0, 32))
+    assert {array.dtype for array in (vector, one, none)} == {np.dtype(np.float32)}
+    assert np.array_equal(vector, one[0]) and np.linalg.norm(vector) == pytest.approx(1, abs=1e-6)
+    assert model.encode_queries([]).shape == model.encode_corpus([]).shape == (0, 32)
+    assert model.encode_queries("a").shape == model.encode_corpus("a").shape == (32,)
+
+
+def test_texts_embed_apart(one_by_one):
+    different = np.delete(one_by_one, TEXTS.index("\n\t "), axis=0)  # the same tokens as the empty text
+    distances = np.linalg.norm(different[:, None] - different[None], axis=2)
+    assert np.isfinite(one_by_one).all() and distances[~np.eye(len(different), dtype=bool)].min() > 1e-3
+
+
+@pytest.mark.parametrize("batch_size", [None, 1, 2, 7, 1000])
+def test_order_and_batches_change_nothing(model, one_by_one, batch_size):
+    assert close(model.encode(TEXTS, batch_size=batch_size), one_by_one)
+    assert close(model.encode(tuple(reversed(TEXTS)), batch_size=batch_size), one_by_one[::-1])
+
+
+@pytest.mark.parametrize("window", [1, 7, 30, 31])
+def test_windows_change_nothing(model, one_by_one, window, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", window)
+    assert close(model.encode(TEXTS), one_by_one)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 64, 10_000])
+@pytest.mark.parametrize("max_texts", [None, 3])
+def test_the_budget_bounds_each_pass_and_changes_nothing(model, one_by_one, max_tokens, max_texts):
+    shapes = []
+    handle = model.encoder.register_forward_hook(
+        lambda module, args, kwargs, output: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    try:
+        ours = encode_texts(
+            model.encoder, model.tokenizer, TEXTS, max_length=128, max_tokens=max_tokens, max_texts=max_texts
+        )
+    finally:
+        handle.remove()
+    assert close(ours, one_by_one) and sum(num for num, _ in shapes) == len(TEXTS)
+    assert all(num == 1 or (num * width <= max_tokens and num <= (max_texts or num)) for num, width in shapes)
+
+
+def test_batches_change_nothing_for_the_last_token(folder, one_by_one):
+    last = EmbeddingModel(folder, device="cpu", pooling="last_token")
+    alone = np.stack([last.encode(text) for text in TEXTS])
+    assert close(last.encode(TEXTS), alone) and not close(alone, one_by_one)
+
+
+def test_encoding_is_silent_unless_asked(model, capfd):
+    model.encode(TEXTS)
+    assert capfd.readouterr() == ("", "")
+    model.encode_queries(TEXTS, show_progress=True)
+    assert "queries" in (err := capfd.readouterr().err) and "30/30" in err
+
+
+def test_embeddings_carry_no_graph_and_dropout_is_off(model):
+    tensor = model.encode(["a b"], convert_to_numpy=False)
+    assert not tensor.requires_grad and not model.encoder.training
+    assert np.array_equal(model.encode(["a b"]), tensor.numpy())
+
+
+def test_torch_output(folder, model):
+    for ours in (
+        model.encode(TEXTS, convert_to_numpy=False),
+        EmbeddingModel(folder, device="cpu", convert_to_numpy=False).encode(TEXTS),
+    ):
+        assert isinstance(ours, torch.Tensor) and ours.dtype == torch.float32 and ours.device.type == "cpu"
+        assert close(ours.numpy(), model.encode(TEXTS))
+    assert model.encode("a", convert_to_numpy=False).shape == (32,)
+    assert model.encode([], convert_to_numpy=False).shape == (0, 32)
+
+
+# ---- instructions
+
+
+def test_the_folders_instructions_are_applied(model):
+    assert close(model.encode_queries(TEXTS), model.encode(["who did " + text for text in TEXTS]))
+    assert close(model.encode_corpus(TEXTS), model.encode(["story: " + text for text in TEXTS]))
+    assert close(model.encode_queries("a")[None], model.encode(["who did a"]))
+    assert not close(model.encode_queries(TEXTS), model.encode(TEXTS))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "query_prefix", "passage_prefix"),
+    [
+        ({"query_instruction": ""}, "", "story: "),
+        ({"passage_instruction": ""}, "who did ", ""),
+        ({"query_instruction": "find: "}, "find: ", "story: "),
+        ({"query_instruction": "find", "query_instruction_format": "{}:\\n{}"}, "find:\n", "story: "),
+        ({"passage_instruction": "read", "passage_instruction_format": "<{}>{}"}, "who did ", "<read>"),
+    ],
+)
+def test_instructions_given_win_over_the_folders(folder, model, arguments, query_prefix, passage_prefix):
+    given = EmbeddingModel(folder, device="cpu", **arguments)
+    assert close(given.encode_queries(TEXTS), model.encode([query_prefix + text for text in TEXTS]))
+    assert close(given.encode_corpus(TEXTS), model.encode([passage_prefix + text for text in TEXTS]))
+    assert close(given.encode(TEXTS), model.encode(TEXTS))
+
+
+# ---- lengths and precision
+
+
+def test_max_length_cuts(folder, model):
+    assert model.max_length == 128
+    text, words = "what is the list of the king", "what is the list".split()
+    for length in (3, 4, 6):  # with [CLS] and [SEP]
+        expected = model.encode(" ".join(words[: length - 2]))
+        assert close(model.encode(text, max_length=length), expected)
+        assert close(EmbeddingModel(folder, device="cpu", max_length=length).encode(text), expected)
+    shorter = EmbeddingModel(folder, device="cpu", max_length=4)
+    assert close(shorter.encode(text, max_length=6), model.encode("what is the list"))
+    assert close(model.encode("a " * 126), model.encode("a " * 500)) and not close(
+        model.encode("a"), model.encode("a a")
+    )
+
+
+def test_max_length_counts_the_instruction(model):
+    assert close(model.encode_queries("king princess", max_length=5), model.encode("who did king"))
+
+
+@pytest.mark.parametrize("where", ["model", "call"])
+def test_a_max_length_above_the_models_positions_is_refused(folder, model, where):
+    with pytest.raises(ValueError, match=r"500.*128"):
+        if where == "model":
+            EmbeddingModel(folder, device="cpu", max_length=500).encode("a " * 400)
+        else:
+            model.encode("a " * 400, max_length=500)
+
+
+def test_pooling_and_normalisation_given_win_over_the_folders(folder, model, tiny_model):
+    plain = EmbeddingModel(folder, device="cpu", normalize=False).encode(TEXTS)
+    norms = np.linalg.norm(plain, axis=1, keepdims=True)
+    assert norms.min() > 1.5 and close(plain / norms, model.encode(TEXTS))
+    cls = EmbeddingModel(folder, device="cpu", pooling="cls").encode(TEXTS)
+    assert close(cls, EmbeddingModel(tiny_model, device="cpu").encode(TEXTS)) and not close(cls, model.encode(TEXTS))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16, "float64", "auto"])
+def test_dtype_is_that_of_the_weights_and_embeddings_are_float32(folder, model, dtype):
+    other = EmbeddingModel(folder, device="cpu", dtype=dtype)
+    expected = {"auto": torch.float32, "float64": torch.float64}.get(dtype, torch.bfloat16)
+    assert {parameter.dtype for parameter in other.encoder.parameters()} == {expected}
+    ours = other.encode(TEXTS)
+    assert ours.dtype == np.float32 and (ours * model.encode(TEXTS)).sum(1).min() > 0.995
+
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "device", "dtype"),
+    [
+        (False, False, CPU, torch.float32),
+        (False, False, GPU, torch.float32),
+        (True, False, GPU, torch.float16),
+        (False, True, GPU, torch.bfloat16),
+        (True, False, torch.device("mps"), torch.float16),
+    ],
+)
+def test_resolve_dtype_gives_what_was_asked_for(fp16, bf16, device, dtype):
+    assert resolve_dtype(fp16, bf16, device) == (dtype, None)
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+def test_resolve_dtype_on_a_cpu_says_what_it_does_instead(has_bf16, monkeypatch):
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    assert cpu_has_bf16() is has_bf16
+    dtype, warning = resolve_dtype(True, False, CPU)
+    assert dtype == (torch.bfloat16 if has_bf16 else torch.float32) and "fp16 needs a GPU" in warning
+    assert warning.endswith(f"computing in {str(dtype).removeprefix('torch.')} instead")
+    dtype, warning = resolve_dtype(False, True, CPU)
+    assert dtype == (torch.bfloat16 if has_bf16 else torch.float32)
+    assert warning is None if has_bf16 else "no bfloat16 arithmetic: computing in float32 instead" in warning
+
+
+def test_resolve_dtype_refuses_both_and_asks_the_default_device():
+    with pytest.raises(ValueError, match="--fp16 and --bf16 exclude each other"):
+        resolve_dtype(True, True, GPU)
+    for asked in ((True, False), (False, True), (False, False)):
+        assert resolve_dtype(*asked) == resolve_dtype(*asked, default_device())
+
+
+def test_flag_model_takes_flag_embeddings_arguments(folder, model):
+    """In FlagEmbedding's order: normalize_embeddings, use_fp16, instruction, its format, devices, pooling_method."""
+    flag = FlagModel(folder, False, False, "find", "{}: {}", "cpu", "cls")
+    ours = EmbeddingModel(
+        folder,
+        device="cpu",
+        normalize=False,
+        pooling="cls",
+        query_instruction="find",
+        query_instruction_format="{}: {}",
+    )
+    assert close(flag.encode_queries(TEXTS), ours.encode_queries(TEXTS))
+    assert close(flag.encode_corpus(TEXTS), ours.encode_corpus(TEXTS))
+    silent = FlagModel(folder, use_fp16=False, devices="cpu", max_length=64)
+    assert silent.max_length == 64 and silent.settings == model.settings
+    assert close(silent.encode_queries(TEXTS[:5], batch_size=2), model.encode_queries(TEXTS[:5]))
+
+
+def test_flag_model_on_a_cpu_takes_the_fast_half_precision_if_any(folder):
+    (dtype,) = {parameter.dtype for parameter in FlagModel(folder, devices="cpu").encoder.parameters()}
+    assert dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32)
+
+
+# ---- prefetch
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+@pytest.mark.parametrize("num_items", [0, 1, 2, 20])
+def test_prefetch_keeps_order_and_every_item(num_items, depth):
+    items = [None, 0, "", False, *range(20)][:num_items]
+    assert list(prefetch(items, depth)) == list(prefetch(iter(items), depth)) == items
+
+
+def test_prefetch_computes_ahead_in_another_thread():
+    second = threading.Event()
+
+    def items():
+        yield threading.get_ident()
+        second.set()
+        yield threading.get_ident()
+
+    ahead = prefetch(items())
+    assert next(ahead) != threading.get_ident()
+    assert second.wait(10)  # computed while nobody has asked for it
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_an_error_comes_where_its_item_would_have(at):
+    def items():
+        yield from range(at)
+        raise KeyError("row 7")
+
+    seen = []
+    with pytest.raises(KeyError, match="row 7"):
+        for item in prefetch(items()):
+            seen.append(item)
+    assert seen == list(range(at))
+
+
+@pytest.mark.parametrize("how", ["close", "break", "error"])
+def test_prefetch_stops_early_and_leaves_no_thread(how):
+    produced, threads = [], threading.active_count()
+
+    def endless():
+        for number in itertools.count():
+            produced.append(number)
+            yield number
+
+    ahead = prefetch(endless(), depth=2)
+    assert [next(ahead), next(ahead)] == [0, 1]
+    if how == "close":
+        ahead.close()
+    elif how == "break":
+        for _ in ahead:
+            break
+        del ahead
+    else:
+        with pytest.raises(ZeroDivisionError):
+            for _ in ahead:
+                1 / 0  # noqa: B018
+        del ahead
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == threads and len(produced) <= 6
+    count = len(produced)
+    time.sleep(0.05)
+    assert len(produced) == count
+
+
+def test_nothing_is_computed_before_the_first_item_is_asked_for():
+    produced = []
+    prefetch(produced.append(number) or number for number in range(3))
+    time.sleep(0.05)
+    assert produced == []
