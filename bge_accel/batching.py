@@ -125,3 +125,21 @@ def make_token_batch(
         restore[np.concatenate(plan)] = np.arange(len(lengths))
     num_tokens = sum(lengths)
     return TokenBatch(micro_batches, torch.from_numpy(restore), num_tokens, num_slots - num_tokens)
+
+
+def split_micro_batches(batch: TokenBatch, count: int) -> TokenBatch:
+    """The same batch in at least `count` micro-batches, the ones with most texts halved until there are so many.
+
+    Where every forward pass is a collective (FSDP, ZeRO-3), processes that make different numbers of them would hang.
+    """
+    assert count <= max(batch.num_texts, 1)
+    micro_batches = list(batch.micro_batches)
+    while len(micro_batches) < count:
+        index = max(range(len(micro_batches)), key=lambda i: len(micro_batches[i]["input_ids"]))
+        whole = micro_batches[index]
+        half = len(whole["input_ids"]) // 2
+        micro_batches[index : index + 1] = [
+            {name: tensor[:half] for name, tensor in whole.items()},
+            {name: tensor[half:] for name, tensor in whole.items()},
+        ]
+    return TokenBatch(micro_batches, batch.restore, batch.num_tokens, batch.num_padding)

@@ -100,7 +100,7 @@ def read_json_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[s
                 if isinstance(value, dict):
                     yield where, line, value
                 else:
-                    kind = {list: "an array", str: "a string"}.get(type(value), "a plain value")
+                    kind = "an array" if isinstance(value, list) else "a plain value"
                     faults.add(where, f"{kind} where an object {{...}} is expected: {shorten(value)}")
     except (OSError, EOFError) as error:  # EOFError: a compressed file cut short
         faults.add(path, f"cannot be read: {error}")

@@ -1,4 +1,4 @@
-"""Gathering embeddings from all processes with exact gradients."""
+"""Gathering embeddings from all processes with exact gradients, and agreeing on numbers."""
 
 from typing import Any
 
@@ -65,3 +65,12 @@ def check_equal_shapes(local: torch.Tensor) -> None:
         raise ValueError(
             f"the processes hold tensors of different shapes ({listed}); every process needs equal batches"
         )
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the processes' values, known to all of them."""
+    if not is_distributed():
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)

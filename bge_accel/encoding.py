@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
-from bge_accel.model import Encoder, instruction_prefix, load_encoder
+from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 
 T = TypeVar("T")
 
@@ -29,6 +29,8 @@ def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) ->
     on_gpu = (device or default_device()).type != "cpu"
     if fp16 and bf16:
         raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        return torch.float32, "this GPU has no bfloat16 arithmetic: computing in float32 instead; --fp16 is faster"
     if on_gpu or not (fp16 or bf16):
         return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None
     if cpu_has_bf16():
@@ -158,6 +160,7 @@ class EmbeddingModel:
             token=token,
         )
         self.encoder.to(self.device)
+        assert self.settings.max_length is not None
         self.max_length = max_length or self.settings.max_length
         self.convert_to_numpy = convert_to_numpy
 
@@ -180,7 +183,7 @@ class EmbeddingModel:
         Args:
             sentences: a text gives a vector (dim,), a sequence an array (n, dim), an empty one (0, dim); float32.
             batch_size: at most so many texts in one forward pass; by default a token budget alone decides.
-            max_length: tokens that a text is cut to.
+            max_length: tokens that a text is cut to; never more than the model has positions.
             convert_to_numpy: False gives a torch tensor on the CPU.
             show_progress: a progress bar.
         """
@@ -198,8 +201,7 @@ class EmbeddingModel:
         description: str = "texts",
     ) -> np.ndarray | torch.Tensor:
         alone = isinstance(texts, str)
-        limit = max_length or self.max_length
-        assert self.settings.max_length is not None and limit is not None
+        limit = min(max_length or self.max_length, max_positions(self.encoder.backbone.config))
         embeddings = encode_texts(
             self.encoder,
             self.tokenizer,

@@ -63,7 +63,7 @@ def contrastive_loss(
     with torch.autocast(q_emb.device.type, enabled=False):
         rows = torch.arange(num_queries, device=q_emb.device)
         own = (first_query + rows)[:, None] * group_size + torch.arange(group_size, device=q_emb.device)
-        group = None  # similarities of each query with its own group
+        group = q_emb[:, :0]  # similarities of each query with its own group, where they are wanted
         if teacher_scores is not None or not in_batch_negatives:
             group = torch.einsum("qd,qgd->qg", q_emb, p_emb[own])
         if not in_batch_negatives:

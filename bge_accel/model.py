@@ -121,7 +121,8 @@ def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
     modules = _read_json(model_name_or_path, "modules.json", hub)
     if modules is None:
         return EmbeddingSettings()
-    pooling, normalize = None, False
+    pooling: str | None = None
+    normalize = False
     for module in modules:
         kind = module["type"].rsplit(".", 1)[-1]
         if kind == "Pooling":
@@ -162,8 +163,8 @@ def _read_pooling(model: str, path: str, hub: dict[str, Any]) -> str:
 
 def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:
     if os.path.isdir(model):
-        path = os.path.join(model, name)
-        path = path if os.path.isfile(path) else None
+        inside = os.path.join(model, name)
+        path = inside if os.path.isfile(inside) else None
     else:
         from transformers.utils import cached_file
 
@@ -224,9 +225,7 @@ def load_encoder(
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
     )
-    positions = getattr(config, "max_position_embeddings", None) or 512
-    if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet"):
-        positions -= 2  # the padding index takes the first
+    positions = max_positions(config)
     if longest > positions:
         raise ValueError(f"texts of {longest} tokens are asked for; {model_name_or_path} takes {positions} at most")
     own = settings.max_length or min(positions, tokenizer.model_max_length)
@@ -240,6 +239,13 @@ def load_encoder(
         backbone.pooler.requires_grad_(False)
     assert settings.pooling is not None and settings.normalize is not None
     return Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings
+
+
+def max_positions(config: Any) -> int:
+    """The most tokens that a model takes."""
+    positions = getattr(config, "max_position_embeddings", None) or 512
+    # In these the padding index takes the first ones.
+    return positions - 2 if config.model_type in ("roberta", "xlm-roberta", "camembert", "mpnet") else positions
 
 
 def _lower_case(tokenizer: Any) -> None:

@@ -47,7 +47,6 @@ REFUSED: dict[str, Refusal] = {
         ).split()
     },
     # transformers.TrainingArguments, versions 4 and 5: launching and precision
-    "deepspeed": Refusal(_LAUNCH + ": `accelerate launch --use_deepspeed --deepspeed_config_file FILE`"),
     "fsdp": Refusal(_LAUNCH + ": `accelerate launch --use_fsdp`", ("",)),
     "fsdp_config": Refusal(_LAUNCH + ": `accelerate launch --use_fsdp`"),
     "fsdp_min_num_params": Refusal(_LAUNCH + ": `accelerate launch --use_fsdp`", ("0",)),

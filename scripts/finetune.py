@@ -21,12 +21,14 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, TrainingRows, batch_positions, draw_example, shorten
 from bge_accel.refused_flags import REFUSED
+from bge_accel.sharding import read_deepspeed_config
 
 if TYPE_CHECKING:
     from bge_accel.batching import TokenBatch
@@ -116,11 +118,27 @@ class Config:
 
     fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="precision and memory")
     bf16: bool = option(False, "bfloat16; without hardware for it float32", group="precision and memory")
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] | None = option(
+        None,
+        "auto is bfloat16 where the hardware has it, else float32; default: what `accelerate launch` was told",
+        group="precision and memory",
+    )
     gradient_checkpointing: bool = option(
         False, "recompute activations layer by layer: less memory, a third more time", group="precision and memory"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass; default: what suits the device", group="precision and memory"
+    )
+    activation_memory_budget: float | None = option(
+        None,
+        "GB of activations to keep for the backward pass; the rest is computed again, for up to a third more time; "
+        "0 keeps none; default: most of the memory that is free",
+        group="precision and memory",
+    )
+    deepspeed: str | None = option(
+        None,
+        "DeepSpeed configuration file; its optimizer and scheduler are left aside for the flags here",
+        group="precision and memory",
     )
     use_cpu: bool = option(False, "leave the GPU alone", group="precision and memory")
 
@@ -162,8 +180,12 @@ def check(cfg: Config) -> None:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1, or left out")
     if cfg.max_steps < 1 and not cfg.num_train_epochs > 0:
         raise ValueError(f"--num_train_epochs is {cfg.num_train_epochs}: it has to be above 0")
-    if cfg.fp16 and cfg.bf16:
-        raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+    if cfg.fp16 + cfg.bf16 + (cfg.mixed_precision is not None) > 1:
+        raise ValueError("--fp16, --bf16 and --mixed_precision exclude each other; give one of them")
+    if cfg.activation_memory_budget is not None and cfg.activation_memory_budget < 0:
+        raise ValueError(f"--activation_memory_budget is {cfg.activation_memory_budget}: it has to be 0 or more")
+    if cfg.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
+        raise ValueError("--deepspeed needs `pip install deepspeed`")
     if not cfg.use_inbatch_neg and cfg.negatives_cross_device:
         raise ValueError("--negatives_cross_device needs in-batch negatives, which --use_inbatch_neg False turns off")
     if not cfg.use_inbatch_neg and cfg.train_group_size == 1:
@@ -190,50 +212,56 @@ def main(cfg: Config) -> None:
             seed=cfg.seed,
             need_scores=cfg.knowledge_distillation,
         )
+        deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
 
     import numpy as np
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import set_seed
+    from accelerate.utils import DeepSpeedPlugin, DistributedType, set_seed
     from tqdm import tqdm
     from transformers import get_scheduler
 
-    from bge_accel.batching import default_token_budget, make_token_batch, tokenize
+    from bge_accel.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
     from bge_accel.checkpoint import atomic_folder, flush_tree, move_into
-    from bge_accel.distributed import gather, gather_with_grad
-    from bge_accel.encoding import prefetch, resolve_dtype
+    from bge_accel.distributed import gather, gather_with_grad, largest
+    from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import instruction_prefix, load_encoder, save_encoder
-    from bge_accel.training import embed_and_backward
+    from bge_accel.sharding import configure_deepspeed, deepspeed_backward
+    from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
 
     # ---- accelerator
     on_cpu = cfg.use_cpu or not torch.cuda.is_available()
-    device_hint = torch.device("cpu") if on_cpu else None
-    dtype, precision_warning = resolve_dtype(cfg.fp16, cfg.bf16, device_hint)
-    precision = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no" if cfg.fp16 or cfg.bf16 else None)
-    sharded = any(os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true" for name in ("FSDP", "DEEPSPEED"))
-    trackers = [tracker for tracker in cfg.report_to if tracker != "none"]
+    if deepspeed_config is not None:
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
+    precision = choose_precision(cfg, torch.device("cpu" if on_cpu else "cuda"))
     # Buffers are constant; and as processes may differ in how many forward passes they make, sending them would hang.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated")
     accelerator = Accelerator(
-        mixed_precision=precision,
+        mixed_precision=precision.name,
         # Without it two CPU processes would run side by side, unconnected.
-        cpu=True if on_cpu and not sharded else None,  # type: ignore[arg-type]
-        log_with=trackers or None,
+        cpu=True if on_cpu and not asked else None,  # type: ignore[arg-type]
+        deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config) if deepspeed_config is not None else None,
+        log_with=[tracker for tracker in cfg.report_to if tracker != "none"] or None,
         project_dir=cfg.output_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     device, rank, world = accelerator.device, accelerator.process_index, accelerator.num_processes
     if int(os.environ.get("WORLD_SIZE", "1")) != world:
         raise RuntimeError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but accelerate runs {world} process(es)")
+    if asked and accelerator.distributed_type.value not in asked:
+        raise RuntimeError(f"{asked.pop()} was asked for, but accelerate runs {accelerator.distributed_type.value}")
+    is_deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
+    is_sharded = is_deepspeed or accelerator.distributed_type == DistributedType.FSDP
     is_main = accelerator.is_main_process
 
     def say(text: str) -> None:
         if is_main:
             tqdm.write(text)
 
-    if precision_warning:
-        say(f"note: {precision_warning}")
+    if precision.warning:
+        say(f"note: {precision.warning}")
     set_seed(cfg.seed, device_specific=True)
 
     # ---- tokenizer and model
@@ -339,7 +367,19 @@ def main(cfg: Config) -> None:
         scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, warmup, num_steps)
 
     # ---- hand both to accelerate
+    if is_deepspeed:
+        configure_deepspeed(
+            accelerator, per_device_batch_size=cfg.per_device_train_batch_size, max_grad_norm=cfg.max_grad_norm
+        )
     model, optimizer = accelerator.prepare(encoder, optimizer)
+    engine = accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
+    if is_sharded:  # weights are gathered in each pass; what is kept is up to FSDP and DeepSpeed
+        activations = ActivationBudget(0)
+    elif cfg.activation_memory_budget is not None:
+        activations = ActivationBudget(cfg.activation_memory_budget * 1e9)
+    else:
+        num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
+        activations = ActivationBudget(automatic_activation_bytes(device, num_parameters))
 
     # ---- from here on files are written
     accelerator.wait_for_everyone()
@@ -347,6 +387,7 @@ def main(cfg: Config) -> None:
         os.makedirs(cfg.output_dir, exist_ok=True)
         with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
             file.write(to_yaml(without_secrets(cfg)))
+    trackers = cfg.report_to != ["none"]
     if trackers:
         names = {tracker: {"name": cfg.run_name} for tracker in ("wandb", "trackio") if cfg.run_name}
         flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in
@@ -394,7 +435,9 @@ def main(cfg: Config) -> None:
     bar = tqdm(total=num_steps, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
     step, saved_epoch, window = 0, 0, Window()
     for index, batch in enumerate(prefetch(batches())):
-        num_queries = len(batch.examples)
+        num_queries, tokens = len(batch.examples), batch.tokens
+        if is_sharded:
+            tokens = split_micro_batches(tokens, largest(len(tokens.micro_batches), device))
         in_step = index % cfg.gradient_accumulation_steps
         last = in_step == cfg.gradient_accumulation_steps - 1 or index == num_batches - 1
         first_in_step = index - in_step
@@ -437,11 +480,13 @@ def main(cfg: Config) -> None:
 
         output, num_masked = embed_and_backward(
             model,
-            batch.tokens,
+            tokens,
             loss_fn,
             device=device,
+            activations=activations,
             scale_loss=scale_loss,
-            no_sync=lambda: accelerator.no_sync(model),
+            no_sync=nullcontext if is_sharded else lambda: accelerator.no_sync(model),
+            backward=deepspeed_backward(engine) if is_deepspeed else None,
             last=last,
         )
         if not math.isfinite(output.loss.item()):
@@ -454,10 +499,14 @@ def main(cfg: Config) -> None:
         if not last:
             continue
 
-        norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
         rate = scheduler.get_last_lr()[0]
-        optimizer.step()
-        optimizer.zero_grad()
+        if engine is not None:  # clips, steps and forgets the gradients in one
+            engine.step()
+            norm = engine.get_global_grad_norm()
+        else:
+            norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
+            optimizer.step()
+            optimizer.zero_grad()
         if not accelerator.optimizer_step_was_skipped:
             scheduler.step()
         step += 1
@@ -469,7 +518,7 @@ def main(cfg: Config) -> None:
                 "epoch": round((index + 1) * per_batch / len(rows), 4),
                 **window.summary(accelerator),
                 "learning_rate": rate,
-                "grad_norm": float(norm),
+                "grad_norm": whole(norm),
                 "memory_gb": peak_memory_gb(device),
             }
             window = Window()
@@ -494,6 +543,31 @@ def main(cfg: Config) -> None:
         log_file.close()
     say(f"saved {cfg.output_dir}")
     accelerator.end_training()
+
+
+class Precision(NamedTuple):
+    """Accelerate's name of it (None: what `accelerate launch` was told), and a warning where it is not as asked."""
+
+    name: str | None
+    warning: str | None
+
+
+def choose_precision(cfg: Config, device: Any) -> Precision:
+    """What the flags ask for, else what `accelerate launch` was told, as far as the device can."""
+    from bge_accel.encoding import resolve_dtype
+
+    asked = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 else None)
+    asked = asked or os.environ.get("ACCELERATE_MIXED_PRECISION")
+    if asked not in ("auto", "fp16", "bf16"):
+        return Precision(asked, None)
+    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
+    name = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(dtype), "no")
+    return Precision(name, None if asked == "auto" else warning)
+
+
+def whole(norm: Any) -> float:
+    """A gradient norm as a number; FSDP2 gives it in parts."""
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Window:
