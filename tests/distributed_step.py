@@ -1,99 +1,205 @@
-"""Run by torchrun from test_training.py: the step on several processes against one process with the whole batch.
+"""Run by torchrun from test_training.py: the step on two processes against one process with the whole batch.
 
-Prints nothing and exits 0 where every gradient agrees, else fails with the case and the difference.
+    torchrun --standalone --nproc_per_node 2 tests/distributed_step.py MODEL ddp|fsdp2|zero1|zero2|zero3 [FOLDER]
+
+Exits 0 where every gradient, every parameter after three steps and the saved model agree; else it fails with the case.
 """
 
+import contextlib
 import itertools
 import math
+import os
 import sys
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, InitProcessGroupKwargs
+from safetensors.torch import load_file
 
-from bge_accel.batching import make_token_batch
-from bge_accel.distributed import gather, gather_with_grad
+from bge_accel.batching import make_token_batch, split_micro_batches
+from bge_accel.distributed import gather, gather_with_grad, largest
 from bge_accel.losses import contrastive_loss, known_positive_pairs
-from bge_accel.model import load_encoder
+from bge_accel.model import load_encoder, save_encoder
+from bge_accel.sharding import configure_deepspeed, deepspeed_backward
 from bge_accel.training import ActivationBudget, embed_and_backward
 
-QUERIES, GROUP = 3, 2  # on each process
+QUERIES, GROUP, WORLD = 3, 2, 2  # on each process
+RATE, MAX_NORM = 1e-3, 0.5
 
 
-def make_texts(world: int) -> tuple[list[list[int]], list[list[int]], np.ndarray]:
-    """Token ids of all queries and passages of the global batch, and the passages' ids with planted duplicates."""
+def make_batch() -> tuple[list, list, np.ndarray, list]:
+    """Token ids of the global batch's queries and passages, the passages' ids, each query's known positives."""
     rng = np.random.default_rng(0)
-    queries = [[2, *rng.integers(5, 60, rng.integers(2, 9)), 3] for _ in range(QUERIES * world)]
-    passages = [[2, *rng.integers(5, 60, rng.integers(2, 30)), 3] for _ in range(QUERIES * world * GROUP)]
+    queries = [[2, *rng.integers(5, 60, rng.integers(2, 9)), 3] for _ in range(QUERIES * WORLD)]
+    passages = [[2, *rng.integers(5, 60, rng.integers(2, 30)), 3] for _ in range(QUERIES * WORLD * GROUP)]
     ids = np.arange(len(passages))
     ids[-1] = ids[0]  # the last negative of the last process is the first query's positive
-    ids[3] = ids[2 * GROUP]
-    return queries, passages, ids
+    known = [[int(ids[i * GROUP])] for i in range(len(queries))]
+    known[1].append(int(ids[-3]))  # a positive that was not drawn
+    return queries, passages, ids, known
 
 
-def gradient(
-    encoder, queries, passages, all_ids, known, *, cross: bool, keep, wrapped=None, accelerator=None, mask=True
-):
-    world = accelerator.num_processes if accelerator else 1
+def make_encoder(path: str, dtype: torch.dtype, checkpointing: bool):
+    encoder, tokenizer, settings = load_encoder(path, pooling="mean", dtype=dtype)
+    if checkpointing:
+        encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+    encoder.backbone.config.attention_probs_dropout_prob = 0.0
+    for module in encoder.modules():  # dropout cannot be the same on one process and on two
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return encoder.train(), tokenizer, settings
+
+
+def make_optimizer(encoder: torch.nn.Module) -> torch.optim.Optimizer:
+    # A large epsilon keeps a step proportional to its gradient: AdamW makes noise of gradients that are zero but for
+    # rounding, as those of the attention's key bias are.
+    return torch.optim.AdamW([p for p in encoder.parameters() if p.requires_grad], lr=RATE, eps=1e-2)
+
+
+def accumulate(model, batch, *, first: int = 0, cross: bool = False, mask: bool = True, equal: bool = False, **step):
+    """One step's gradients into the model; returns the loss on this process's queries."""
+    queries, passages, ids, known = batch
     tokens = make_token_batch(queries + passages, pad_token_id=0, max_tokens=64, overhead_tokens=8)
     assert len(tokens.micro_batches) > 2
-    first = accelerator.process_index * len(queries) if accelerator and cross else 0
+    if equal:
+        tokens = split_micro_batches(tokens, largest(len(tokens.micro_batches), torch.device("cpu")))
 
     def loss_fn(emb):
-        q_emb, p_emb = emb[: len(queries)], emb[len(queries) :]
-        ids = torch.from_numpy(all_ids)
-        if accelerator and cross:
-            p_emb, ids = gather_with_grad(p_emb), gather(ids)
-        pairs = known_positive_pairs(known, ids.numpy(), group_size=GROUP, first_query=first)
+        q_emb, p_emb, all_ids = emb[: len(queries)], emb[len(queries) :], torch.from_numpy(ids)
+        if cross:
+            p_emb, all_ids = gather_with_grad(p_emb), gather(all_ids)
+        pairs = known_positive_pairs(known, all_ids.numpy(), group_size=GROUP, first_query=first)
         masked = (torch.from_numpy(pairs[0]), torch.from_numpy(pairs[1])) if mask else None
         out = contrastive_loss(q_emb, p_emb, temperature=0.1, group_size=GROUP, first_query=first, masked=masked)
         return out.loss, out.loss.detach()
 
+    return embed_and_backward(model, tokens, loss_fn, device=torch.device("cpu"), **step)
+
+
+def flat(tensors) -> torch.Tensor:
+    return torch.cat([(t.full_tensor() if hasattr(t, "full_tensor") else t).detach().flatten().cpu() for t in tensors])
+
+
+def gradients(encoder) -> torch.Tensor:
+    return flat(p.grad for p in encoder.parameters() if p.requires_grad)
+
+
+def start(mode: str) -> Accelerator:
+    """An Accelerator of this kind on the CPU, which needs some persuasion; on GPUs the launch configuration does it."""
+    if mode == "ddp":
+        return Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
+    if mode == "fsdp2":
+        from accelerate import PartialState
+
+        PartialState(cpu=True)
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["BertLayer"],
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        return Accelerator(fsdp_plugin=plugin)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    plugin = DeepSpeedPlugin(zero_stage=int(mode[-1]), zero3_init_flag=False, zero3_save_16bit_model=True)
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+
+
+def compare(found: torch.Tensor, expected: torch.Tensor, tolerance: float, case: str) -> None:
+    difference = float((found - expected).norm() / expected.norm())
+    assert difference < tolerance, f"{case}: they differ by {difference:.1e} of their norm"
+
+
+def one_process(model_path: str, dtype: torch.dtype, checkpointing: bool) -> tuple[torch.Tensor, ...]:
+    """Loss and gradient of the first step and the parameters after three, on one process with the whole batch."""
+    batch = make_batch()
+    encoder, _, _ = make_encoder(model_path, dtype, checkpointing)
+    accumulate(encoder, batch, mask=False)
+    unmasked = gradients(encoder)
     encoder.zero_grad()
-    model = wrapped if wrapped is not None else encoder
-    no_sync = {"no_sync": lambda: accelerator.no_sync(model)} if accelerator else {}
-    budget = ActivationBudget(keep, bytes_per_token=1)
-    loss = embed_and_backward(model, tokens, loss_fn, device=torch.device("cpu"), activations=budget, **no_sync)
-    if accelerator:
-        loss = accelerator.reduce(loss.clone(), "sum") / world
-    grads = [p.grad.flatten() for p in encoder.parameters() if p.requires_grad and p.grad is not None]
-    return torch.cat(grads), loss
+    optimizer = make_optimizer(encoder)
+    for step in range(3):
+        loss = accumulate(encoder, batch)
+        if step == 0:
+            first_gradients, first_loss = gradients(encoder), loss
+        torch.nn.utils.clip_grad_norm_(encoder.parameters(), MAX_NORM)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert first_gradients.norm() > 2 * MAX_NORM, "nothing is clipped"
+    assert (first_gradients - unmasked).norm() > 1e-3 * unmasked.norm(), "the planted positives change nothing"
+    return first_loss, first_gradients, flat(encoder.parameters())
 
 
-def main(model_path: str) -> None:
-    accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)])
-    rank, world = accelerator.process_index, accelerator.num_processes
-    assert world == 2 and dist.get_world_size() == 2
-    queries, passages, ids = make_texts(world)
-    all_known = [[int(ids[i * GROUP])] for i in range(len(queries))]
-    all_known[1] = [int(ids[GROUP]), int(ids[-3])]  # a positive that was not drawn
+def main(model_path: str, mode: str, folder: str | None = None) -> None:
+    sharded = mode != "ddp"
+    # A DeepSpeed process has one engine.
+    cases = [
+        (dtype, checkpointing)
+        for dtype in ((torch.float32,) if sharded else (torch.float64, torch.float32))
+        for checkpointing in ((False,) if mode.startswith("zero") else (False, True))
+    ]
+    # Before DeepSpeed starts: under ZeRO-3 every model that is loaded is sharded.
+    references = {case: one_process(model_path, *case) for case in cases}
+
+    accelerator = start(mode)
+    rank = accelerator.process_index
+    assert accelerator.num_processes == WORLD == dist.get_world_size()
+    wanted = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(mode, "DEEPSPEED")
+    assert accelerator.distributed_type.value == wanted, accelerator.distributed_type
+    whole = make_batch()
     q, p = slice(rank * QUERIES, (rank + 1) * QUERIES), slice(rank * QUERIES * GROUP, (rank + 1) * QUERIES * GROUP)
+    share = whole[0][q], whole[1][p], whole[2][p], whole[3][q]
 
-    for dtype, checkpointing in itertools.product((torch.float64, torch.float32), (False, True)):
-        encoder, _, _ = load_encoder(model_path, pooling="mean", dtype=dtype)
-        if checkpointing:
-            encoder.backbone.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in encoder.modules():  # dropout cannot be the same on one process and on two
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
-        encoder.backbone.config.attention_probs_dropout_prob = 0.0
-        encoder.train()
-        expected, expected_loss = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=math.inf)
-        unmasked, _ = gradient(encoder, queries, passages, ids, all_known, cross=True, keep=math.inf, mask=False)
-        assert (expected - unmasked).norm() > 1e-3 * expected.norm(), "the planted positives change nothing"
+    for (dtype, checkpointing), budget in itertools.product(cases, (0,) if sharded else (math.inf, 0, 100)):
+        case = f"{mode}, {dtype}, checkpointing {checkpointing}, kept tokens {budget}"
         tolerance = 1e-10 if dtype == torch.float64 else 1e-5
-        wrapped = accelerator.prepare(encoder)
-        assert type(wrapped).__name__ == "DistributedDataParallel"
-        for keep in (math.inf, 0, 100):
-            found, loss = gradient(
-                encoder, queries[q], passages[p], ids[p], all_known[q],
-                cross=True, keep=keep, wrapped=wrapped, accelerator=accelerator,
-            )  # fmt: skip
-            case = f"{dtype}, checkpointing {checkpointing}, kept tokens {keep}"
-            difference = float((found - expected).norm() / expected.norm())
-            assert difference < tolerance, f"{case}: gradients differ by {difference:.1e} of their norm"
-            assert abs(float(loss - expected_loss)) < tolerance, f"{case}: losses differ"
+        expected_loss, expected, expected_parameters = references[dtype, checkpointing]
+        encoder, tokenizer, settings = make_encoder(model_path, dtype, checkpointing)
+        if mode.startswith("zero"):
+            configure_deepspeed(accelerator, per_device_batch_size=QUERIES, max_grad_norm=MAX_NORM)
+        model, optimizer = accelerator.prepare(encoder, make_optimizer(encoder))
+        engine = accelerator.deepspeed_engine_wrapped.engine if mode.startswith("zero") else None
+        for step in range(3):
+            loss = accumulate(
+                model,
+                share,
+                first=rank * QUERIES,
+                cross=True,
+                equal=sharded,
+                activations=ActivationBudget(budget, bytes_per_token=1),
+                no_sync=contextlib.nullcontext if sharded else lambda model=model: accelerator.no_sync(model),
+                backward=deepspeed_backward(engine) if engine is not None else None,
+            )
+            if step == 0:
+                mean = accelerator.reduce(loss.clone(), "sum") / WORLD
+                assert abs(float(mean - expected_loss)) < tolerance, f"{case}: losses differ"
+                if engine is not None:
+                    from deepspeed.utils import safe_get_full_grad
+
+                    found = flat(safe_get_full_grad(p) for p in encoder.parameters() if p.requires_grad)
+                else:
+                    found = gradients(model)
+                compare(found, expected, tolerance, f"{case}, gradients")
+            if engine is not None:
+                engine.step()
+            else:
+                accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
+                optimizer.step()
+                optimizer.zero_grad()
+        weights = accelerator.get_state_dict(model)
+        if rank == 0:
+            names = [name for name, _ in encoder.named_parameters()]
+            compare(flat(weights[name] for name in names), expected_parameters, tolerance, f"{case}, parameters")
+            if folder is not None and dtype == torch.float32:
+                save_encoder(folder, encoder, tokenizer, settings, state_dict=weights)
+                saved = load_file(os.path.join(folder, "model.safetensors"))
+                assert all(tensor.dtype == torch.float32 for tensor in saved.values())
+                tensors = [saved[name.removeprefix("backbone.")] for name in names]
+                compare(flat(tensors), expected_parameters, tolerance, f"{case}, saved model")
+        accelerator.free_memory()
 
     # Shapes that differ are an error on every process, not a hang.
     try:
@@ -105,4 +211,4 @@ def main(model_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
