@@ -273,9 +273,15 @@ def save_encoder(
         model_card: text of README.md.
     """
     os.makedirs(folder, exist_ok=True)
-    if state_dict is not None:
-        state_dict = {key.removeprefix("backbone."): value for key, value in state_dict.items()}
-    encoder.backbone.save_pretrained(folder, state_dict=state_dict)  # type: ignore[operator]
+    backbone: Any = encoder.backbone
+    if state_dict is None:
+        backbone.save_pretrained(folder)
+    else:  # transformers would look at the model's own tensors too, which are parts
+        from huggingface_hub import save_torch_state_dict
+
+        save_torch_state_dict({key.removeprefix("backbone."): value for key, value in state_dict.items()}, folder)
+        backbone.config.architectures = [type(backbone).__name__.removeprefix("FSDP")]
+        backbone.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     assert settings.pooling is not None
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(
@@ -287,7 +293,7 @@ def save_encoder(
             for idx, (path, kind) in enumerate(modules)
         ],
         "1_Pooling/config.json": {
-            "word_embedding_dimension": encoder.backbone.config.hidden_size,  # type: ignore[union-attr]
+            "word_embedding_dimension": backbone.config.hidden_size,
             **{key: name == settings.pooling for key, name in _POOLING_FROM_ST.items() if key.startswith("pooling_")},
             "include_prompt": True,
         },

@@ -414,12 +414,12 @@ def main(cfg: Config) -> None:
     if cfg.train_group_size > 1 and without:
         say(f"note: {without:,} rows have no negatives; theirs are drawn at random from other rows' passages")
 
-    def save(step: int) -> None:
+    def save(step: int, is_end: bool = False) -> None:
         """The model as a folder `checkpoint-STEP`, or at the end in `output_dir` itself."""
-        weights = accelerator.get_state_dict(model)  # every process takes part where weights are sharded
+        weights = accelerator.get_state_dict(model) if is_sharded else None  # every process takes part
         if is_main:
             card = model_card(cfg, settings, len(rows), step)
-            if step < num_steps:
+            if not is_end:
                 with atomic_folder(os.path.join(cfg.output_dir, f"checkpoint-{step}")) as folder:
                     save_encoder(folder, encoder, tokenizer, settings, state_dict=weights, model_card=card)
                 remove_old_checkpoints(cfg.output_dir, cfg.save_total_limit)
@@ -433,7 +433,7 @@ def main(cfg: Config) -> None:
 
     # ---- the loop
     bar = tqdm(total=num_steps, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
-    step, saved_epoch, window = 0, 0, Window()
+    step, skipped, saved_epoch, window = 0, 0, 0, Window()
     for index, batch in enumerate(prefetch(batches())):
         num_queries, tokens = len(batch.examples), batch.tokens
         if is_sharded:
@@ -499,7 +499,8 @@ def main(cfg: Config) -> None:
         if not last:
             continue
 
-        rate = scheduler.get_last_lr()[0]
+        rate, scaler = scheduler.get_last_lr()[0], accelerator.scaler
+        scale = scaler.get_scale() if scaler is not None else 1.0
         if engine is not None:  # clips, steps and forgets the gradients in one
             engine.step()
             norm = engine.get_global_grad_norm()
@@ -507,12 +508,21 @@ def main(cfg: Config) -> None:
             norm = accelerator.clip_grad_norm_(model.parameters(), cfg.max_grad_norm or math.inf)
             optimizer.step()
             optimizer.zero_grad()
-        if not accelerator.optimizer_step_was_skipped:
+        # A fused optimiser is called even where it skips, so accelerate's own flag is blind to it.
+        skips = (
+            scaler.get_scale() < scale if scaler is not None else engine is not None and not engine.was_step_applied()
+        )
+        if not skips:
             scheduler.step()
-        step += 1
-        bar.update()
+            step += 1
+            bar.update()
+        else:  # float16 overflowed; the loss scale is lowered, and neither the step nor the schedule moves
+            skipped += 1
+            if index < num_batches - 1:
+                continue
 
-        if step % cfg.logging_steps == 0 or step == num_steps or (step == 1 and cfg.logging_first_step):
+        is_end = index == num_batches - 1
+        if step % cfg.logging_steps == 0 or is_end or (step == 1 and cfg.logging_first_step):
             record = {
                 "step": step,
                 "epoch": round((index + 1) * per_batch / len(rows), 4),
@@ -520,6 +530,7 @@ def main(cfg: Config) -> None:
                 "learning_rate": rate,
                 "grad_norm": whole(norm),
                 "memory_gb": peak_memory_gb(device),
+                "skipped_steps": skipped,
             }
             window = Window()
             say(log_line(record, num_steps))
@@ -532,13 +543,13 @@ def main(cfg: Config) -> None:
         due = (cfg.save_strategy == "steps" and step % cfg.save_steps == 0) or (
             cfg.save_strategy == "epoch" and epoch_done > saved_epoch
         )
-        if due and step < num_steps:
+        if due and not is_end:
             save(step)
             saved_epoch = epoch_done
     bar.close()
 
     # ---- save
-    save(num_steps)
+    save(step, is_end=True)
     if log_file is not None:
         log_file.close()
     say(f"saved {cfg.output_dir}")
@@ -619,6 +630,7 @@ def log_line(record: dict[str, Any], num_steps: int) -> str:
         f"{record['queries_per_second']:.1f} queries/s  {record['tokens_per_second']:,.0f} tokens/s  "
         f"padding {record['padding']:.1%}  masked {record['masked_per_query']:.2f}/query  "
         f"memory {record['memory_gb']:.1f} GB"
+        + (f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else "")
     )
 
 

@@ -85,7 +85,7 @@ LINE_FAULTS = [
     (b'{"query": "q", ', "not JSON ("),
     (b"query,pos", 'not JSON (Expecting value: line 1 column 1 (char 0)): "query,pos'),
     (b"[1, 2]", "an array where an object {...} is expected: [1, 2]"),
-    (b'"text"', 'a string where an object {...} is expected: "text"'),
+    (b'"text"', 'a plain value where an object {...} is expected: "text"'),
     (b"7", "a plain value where an object {...} is expected: 7"),
     (b"null", "null where an object {...} is expected"),
     (b'{"query": "\xff"}', "broken UTF-8 at byte 11 of the line"),

@@ -90,21 +90,33 @@ def test_windows_change_nothing(model, one_by_one, window, monkeypatch):
     assert close(model.encode(TEXTS), one_by_one)
 
 
+@pytest.fixture
+def shapes(model):
+    """Fills with (texts, width) of each forward pass."""
+    seen = []
+    handle = model.encoder.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    yield seen
+    handle.remove()
+
+
 @pytest.mark.parametrize("max_tokens", [1, 64, 10_000])
 @pytest.mark.parametrize("max_texts", [None, 3])
-def test_the_budget_bounds_each_pass_and_changes_nothing(model, one_by_one, max_tokens, max_texts):
-    shapes = []
-    handle = model.encoder.register_forward_hook(
-        lambda module, args, kwargs, output: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+def test_the_budget_bounds_each_pass_and_changes_nothing(model, one_by_one, shapes, max_tokens, max_texts):
+    ours = encode_texts(
+        model.encoder, model.tokenizer, TEXTS, max_length=128, max_tokens=max_tokens, max_texts=max_texts
     )
-    try:
-        ours = encode_texts(
-            model.encoder, model.tokenizer, TEXTS, max_length=128, max_tokens=max_tokens, max_texts=max_texts
-        )
-    finally:
-        handle.remove()
     assert close(ours, one_by_one) and sum(num for num, _ in shapes) == len(TEXTS)
     assert all(num == 1 or (num * width <= max_tokens and num <= (max_texts or num)) for num, width in shapes)
+
+
+def test_batch_size_bounds_each_pass(model, shapes):
+    model.encode_queries(TEXTS, batch_size=4)
+    assert max(num for num, _ in shapes) == 4
+    shapes.clear()
+    model.encode_queries(TEXTS)
+    assert max(num for num, _ in shapes) > 4
 
 
 def test_batches_change_nothing_for_the_last_token(folder, one_by_one):
@@ -185,13 +197,10 @@ def test_max_length_counts_the_instruction(model):
     assert close(model.encode_queries("king princess", max_length=5), model.encode("who did king"))
 
 
-@pytest.mark.parametrize("where", ["model", "call"])
-def test_a_max_length_above_the_models_positions_is_refused(folder, model, where):
-    with pytest.raises(ValueError, match=r"500.*128"):
-        if where == "model":
-            EmbeddingModel(folder, device="cpu", max_length=500).encode("a " * 400)
-        else:
-            model.encode("a " * 400, max_length=500)
+def test_a_max_length_above_the_models_positions_is_cut_to_them(folder, model):
+    longer = EmbeddingModel(folder, device="cpu", max_length=500)
+    for ours in (longer.encode(TEXTS), model.encode(TEXTS, max_length=129), longer.encode(TEXTS, max_length=10**6)):
+        assert close(ours, model.encode(TEXTS, max_length=128))
 
 
 def test_pooling_and_normalisation_given_win_over_the_folders(folder, model, tiny_model):
@@ -335,6 +344,21 @@ def test_prefetch_stops_early_and_leaves_no_thread(how):
     count = len(produced)
     time.sleep(0.05)
     assert len(produced) == count
+
+
+def test_what_was_planned_ahead_is_dropped_on_stopping():
+    produced = []
+
+    def slow():
+        for number in range(50):
+            time.sleep(0.02)
+            produced.append(number)
+            yield number
+
+    ahead = prefetch(slow(), depth=50)
+    assert next(ahead) == 0
+    ahead.close()
+    assert len(produced) < 25
 
 
 def test_nothing_is_computed_before_the_first_item_is_asked_for():

@@ -108,6 +108,37 @@ def test_gradients_equal_finite_differences(group_size, in_batch, masked, first,
     assert torch.autograd.gradcheck(lambda q, p: contrastive_loss(q, p, **arguments).loss, inputs)
 
 
+@pytest.mark.parametrize("max_scores", [1, 2, 7, 12, 44])
+@pytest.mark.parametrize(
+    ("group_size", "in_batch", "masked", "first", "teacher"), [case for case in CASES if case.values[1]]
+)
+def test_tiles_change_nothing(group_size, in_batch, masked, first, teacher, max_scores):
+    q_emb, p_emb, arguments = make_case(group_size, in_batch, masked, first, teacher, torch.float64, dim=3)
+    max_scores = min(max_scores, NUM_QUERIES * len(p_emb) - 1)  # so that the matrix is too large by one at least
+    leaves = q_emb.requires_grad_(), p_emb.requires_grad_()
+    tiled = contrastive_loss(q_emb, p_emb, **arguments, max_scores=max_scores)
+    whole = contrastive_loss(q_emb, p_emb, **arguments)
+    torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=1e-12, atol=1e-12, equal_nan=True)
+    assert [value.requires_grad for value in tiled] == [True, False, False, False]
+    for ours, theirs in zip(*(torch.autograd.grad(out.loss * 3, leaves) for out in (tiled, whole)), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_scores", [50, 333, 5000])
+def test_tiles_of_a_larger_batch_in_float32(max_scores):
+    generator = torch.Generator().manual_seed(0)
+    q_emb, p_emb = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=-1) for n in (37, 160))
+    pairs = torch.randperm(37 * 160, generator=generator)[:700]
+    masked = pairs // 160, pairs % 160
+    keep = masked[1] != (masked[0] + 3) * 4
+    arguments = {"temperature": 0.02, "group_size": 4, "first_query": 3, "masked": (masked[0][keep], masked[1][keep])}
+    leaves = q_emb.requires_grad_(), p_emb.requires_grad_()
+    outputs = [contrastive_loss(q_emb, p_emb, **arguments, **kwargs) for kwargs in ({"max_scores": max_scores}, {})]
+    torch.testing.assert_close(*map(tuple, outputs), rtol=1e-6, atol=1e-6)
+    for ours, theirs in zip(*(torch.autograd.grad(output.loss, leaves) for output in outputs), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * theirs.abs().max().item())
+
+
 def test_every_option_changes_the_loss():
     """Else the comparison above could pass with an option ignored by both."""
     losses = []
@@ -133,9 +164,10 @@ def test_slices_of_a_batch_average_to_the_whole():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("in_batch", [True, False])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_half_precision_is_computed_in_float32(dtype, in_batch, autocast):
+@pytest.mark.parametrize("max_scores", [2**24, 7])
+def test_half_precision_is_computed_in_float32(dtype, in_batch, autocast, max_scores):
     q_emb, p_emb, arguments = make_case(4, in_batch, True, 2, True, dtype)
-    arguments["temperature"] = 0.02
+    arguments |= {"temperature": 0.02, "max_scores": max_scores}
     exact = contrastive_loss(q_emb.float(), p_emb.float(), **arguments)
     leaf = q_emb.requires_grad_()
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
