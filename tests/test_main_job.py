@@ -1,0 +1,28 @@
+"""The demonstration as `make demo` runs it, on the real encoder, with less training."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conftest import Run
+
+
+@pytest.mark.slow
+def test_the_demonstration_improves_the_real_encoder(tmp_path: Path, real_model: str, run_script: Run) -> None:
+    result = run_script(
+        *("demo.py", "--output_dir", "demo", "--max_steps", 12, "--batch_size", 32, "--max_length", 32), timeout=900
+    )
+    for name in ("MRR@10", "nDCG@10", "Recall@10", "Recall@100"):
+        assert any(line.startswith(name) for line in result.stdout.splitlines())
+    assert result.stdout.count("\nquery   ") == 3 and "Moved into the top 3" in result.stdout
+    base, tuned = (
+        json.loads((tmp_path / "demo" / f"{name}.json").read_text())["metrics"] for name in ("base", "tuned-42")
+    )
+    assert tuned["nDCG@10"] > base["nDCG@10"] + 0.005
+    # Beside the demonstration: a folder that is not its own is never emptied.
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_a_wrong_model_is_refused_at_once(tmp_path: Path, run_script: Run) -> None:
+    result = run_script("demo.py", "--model_name_or_path", "./nowhere", "--output_dir", "demo", status=2, timeout=20)
+    assert "./nowhere is not a folder" in result.stderr and not (tmp_path / "demo").exists()
