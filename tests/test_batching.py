@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from bge_accel.batching import default_token_budget, make_token_batch, plan_micro_batches, tokenize
+from bge_accel.batching import (
+    default_token_budget,
+    make_token_batch,
+    plan_micro_batches,
+    split_micro_batches,
+    tokenize,
+)
 
 
 def cost_of(groups, overhead, multiple=1):
@@ -145,3 +151,14 @@ def test_tokenize_cuts_with_special_tokens_included(tiny_model):
 
 def test_a_gpu_gets_larger_batches_than_a_cpu():
     assert 0 < default_token_budget(torch.device("cpu")) < default_token_budget(torch.device("cuda"))
+
+
+def test_splitting_reaches_the_count_and_keeps_every_text_in_its_place() -> None:
+    token_ids = [[i + 5] * (1 + i % 7) for i in range(23)]
+    batch = make_token_batch(token_ids, pad_token_id=0, max_tokens=40, overhead_tokens=10)
+    for count in (1, len(batch.micro_batches) + 1, 11, 23):
+        split = split_micro_batches(batch, count)
+        assert len(split.micro_batches) == max(count, len(batch.micro_batches))
+        rows = [row[mask.bool()] for mb in split.micro_batches for row, mask in zip(*mb.values(), strict=True)]
+        restored = [rows[i].tolist() for i in split.restore]
+        assert restored == token_ids and split.num_tokens == batch.num_tokens
