@@ -31,10 +31,11 @@ class Config:
     model_name_or_path: str | None = option(None, "encoder to start from; default: the packaged all-MiniLM-L6-v2")
     output_dir: str = option("outputs/demo", "folder for everything the demonstration writes")
     seeds: list[int] = option([42], "one training for each")
-    max_steps: int = option(48, "optimiser steps of each training")
-    batch_size: int = option(48, "queries in each step")
-    max_length: int = option(96, "tokens that a passage is cut to")
+    max_steps: int = option(50, "optimiser steps of each training")
+    batch_size: int = option(64, "queries in each step")
+    max_length: int = option(64, "tokens that a passage is cut to")
     learning_rate: float = option(1e-4, "high, as the training is short")
+    temperature: float = option(0.04, "similarities are divided by it")
 
 
 def run(*command: object) -> None:
@@ -85,7 +86,8 @@ def main(cfg: Config) -> None:
             *("--model_name_or_path", model, "--output_dir", folder, "--seed", seed),
             *("--train_data", os.path.join(data, "train.jsonl"), "--train_group_size", 1),
             *("--max_steps", cfg.max_steps, "--per_device_train_batch_size", cfg.batch_size),
-            *("--learning_rate", cfg.learning_rate, "--passage_max_len", cfg.max_length),
+            *("--learning_rate", cfg.learning_rate, "--temperature", cfg.temperature),
+            *("--passage_max_len", cfg.max_length),
             *("--save_strategy", "no", "--overwrite_output_dir"),
         )
         tuned[seed] = evaluate(folder, f"tuned-{seed}")

@@ -6,6 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bge_accel.losses import contrastive_loss, known_positive_pairs
 
@@ -137,6 +139,24 @@ def test_tiles_of_a_larger_batch_in_float32(max_scores):
     torch.testing.assert_close(*map(tuple, outputs), rtol=1e-6, atol=1e-6)
     for ours, theirs in zip(*(torch.autograd.grad(output.loss, leaves) for output in outputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5 * theirs.abs().max().item())
+
+
+class LargestTensor(TorchDispatchMode):
+    numel = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        sizes = [value.numel() for value in tree_leaves(output) if isinstance(value, torch.Tensor)]
+        self.numel = max(self.numel, *sizes, 0)
+        return output
+
+
+@pytest.mark.parametrize("max_scores", [500, 100_000])
+def test_the_whole_matrix_is_never_held_when_it_is_too_large(max_scores):
+    q_emb, p_emb = torch.randn(60, 4, requires_grad=True), torch.randn(120, 4, requires_grad=True)
+    with LargestTensor() as largest:
+        contrastive_loss(q_emb, p_emb, temperature=1, group_size=2, max_scores=max_scores).loss.backward()
+    assert (largest.numel <= 500) == (max_scores == 500) and q_emb.grad is not None
 
 
 def test_every_option_changes_the_loss():
