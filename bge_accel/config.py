@@ -7,7 +7,6 @@ before any heavy package is imported. The order of precedence is: defaults, `--c
 import argparse
 import dataclasses
 import difflib
-import math
 import os
 import sys
 import types
@@ -164,6 +163,8 @@ def _convert(text: Any, hint: Any) -> Any:
         return [_convert(item, typing.get_args(hint)[0]) for item in items]
     if origin is Literal:
         choices = typing.get_args(hint)
+        if isinstance(text, bool):  # YAML's yes and no
+            text = {True: "yes", False: "no"}[text]
         if text in choices:
             return text
         raise ValueError(f"{text!r} is not one of {', '.join(map(str, choices))}")
@@ -182,9 +183,9 @@ def _convert(text: Any, hint: Any) -> Any:
     if hint in (int, float) and not isinstance(text, bool):
         try:
             number = hint(text)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             number = None
-        if number is not None and math.isfinite(number) and (not isinstance(text, float) or number == text):
+        if number is not None and abs(number) < 1e300 and (not isinstance(text, float) or number == text):
             return number
     raise ValueError(f"{text!r} is not {'an integer' if hint is int else 'a number'}")
 
@@ -199,12 +200,17 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
         except ValueError as error:
             raise argparse.ArgumentTypeError(str(error)) from None
 
-    help_text = field.metadata["help"].replace("%", "%%")
+    help_text = field.metadata["help"]
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         help_text += " (required)"
     elif field.default not in (None, dataclasses.MISSING, ""):
         help_text += f" (default: {field.default})"
-    kwargs: dict[str, Any] = {"dest": field.name, "type": convert, "help": help_text, "default": argparse.SUPPRESS}
+    kwargs: dict[str, Any] = {
+        "dest": field.name,
+        "type": convert,
+        "help": help_text.replace("%", "%%"),
+        "default": argparse.SUPPRESS,
+    }
     if inner is bool:
         kwargs.update(nargs="?", const=True, metavar="True|False")
     elif origin is list:
@@ -222,11 +228,17 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
         )
 
 
+def _is_harmless(given: str, refusal: Refusal) -> bool:
+    spelled = {"true": "True", "yes": "True", "false": "False", "no": "False"}.get(given.lower(), given)
+    same = {"1": "True", "0": "False"}.get(given, given)
+    return any(value in refusal.harmless for value in (given, spelled, same))
+
+
 def _refuse(name: str, refusal: Refusal) -> type[argparse.Action]:
     class Refuse(argparse.Action):
         def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
             given = " ".join(values) if values else "True"
-            if given not in refusal.harmless:
+            if not _is_harmless(given, refusal):
                 parser.error(f"--{name} is not available: {refusal.use_instead}")
 
     return Refuse
@@ -243,7 +255,7 @@ def _read_yaml(
     except OSError as error:
         parser.error(f"--config {path}: {error.strerror or error}")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} is not readable YAML: {error}")
+        parser.error(f"--config {path} is not readable YAML: {' '.join(str(error).split())}")
     if content is None:
         content = {}
     if not isinstance(content, dict):
@@ -252,7 +264,7 @@ def _read_yaml(
     for key, value in content.items():
         name = str(key).replace("-", "_")
         if name in refused:
-            if str(value) not in refused[name].harmless:
+            if value is not None and not _is_harmless(str(value), refused[name]):
                 parser.error(f"{path}: {key} is not available: {refused[name].use_instead}")
             continue
         if name not in names:

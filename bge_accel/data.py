@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ import numpy as np
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst")
 MAX_FAULTS_SHOWN = 10
+_BOM = b"\xef\xbb\xbf"
+_UNREADABLE = object()
 
 
 class Faults:
@@ -72,10 +75,10 @@ def open_binary(path: str) -> io.BufferedIOBase:
         return gzip.open(path, "rb")  # type: ignore[return-value]
     if path.endswith(".zst"):
         try:
-            import zstandard
+            from backports import zstd
         except ImportError:
-            raise ValueError(f"{path}: reading .zst needs `pip install zstandard`") from None
-        return io.BufferedReader(zstandard.open(path, "rb"))  # type: ignore[arg-type]
+            raise ValueError(f"{path}: reading .zst needs `pip install backports.zstd`") from None
+        return zstd.open(path, "rb")  # type: ignore[return-value]
     return open(path, "rb")
 
 
@@ -87,7 +90,7 @@ def read_json_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[s
     found = False
     try:
         with open_binary(path) as file:
-            first = file.peek(4096)[:4096].lstrip()[:1] if hasattr(file, "peek") else b""
+            first = file.peek(4096)[:4096].removeprefix(_BOM).lstrip()[:1]  # type: ignore[attr-defined]
             if first == b"[":
                 rows = _read_array(path, file.read(), faults)
             else:
@@ -95,14 +98,15 @@ def read_json_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[s
             for line, value in rows:
                 found = True
                 where = f"{path}:{line}"
-                if value is None:  # reported where it was read
-                    continue
                 if isinstance(value, dict):
                     yield where, line, value
-                else:
+                elif value is not _UNREADABLE:
                     kind = "an array" if isinstance(value, list) else "a plain value"
                     faults.add(where, f"{kind} where an object {{...}} is expected: {shorten(value)}")
-    except (OSError, EOFError) as error:  # EOFError: a compressed file cut short
+    except Exception as error:
+        # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
+        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ != "ZstdError":
+            raise
         faults.add(path, f"cannot be read: {error}")
         return
     if not found:
@@ -112,32 +116,33 @@ def read_json_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[s
 def _read_lines(path: str, file: Any, faults: Faults) -> Iterator[tuple[int, Any]]:
     for line, raw in enumerate(file, start=1):
         if line == 1:
-            raw = raw.removeprefix(b"\xef\xbb\xbf")
+            raw = raw.removeprefix(_BOM)
         if not raw.strip():
             continue
         yield line, _parse(f"{path}:{line}", raw, faults)
 
 
 def _read_array(path: str, raw: bytes, faults: Faults) -> Iterator[tuple[int, Any]]:
-    items = _parse(path, raw, faults)
-    if items is None:
-        yield 1, None
-    yield from enumerate(items or [], start=1)
+    items = _parse(path, raw.removeprefix(_BOM), faults)
+    yield from enumerate(items if isinstance(items, list) else [items], start=1)
 
 
 def _parse(where: str, raw: bytes, faults: Faults) -> Any:
-    """The JSON value in `raw`, or None after a fault (a bare `null` counts as one)."""
+    """The JSON value in `raw`, or `_UNREADABLE` after a fault."""
     try:
-        value = json.loads(raw.decode("utf-8"))
+        text = raw.decode("utf-8")
+        value = json.loads(text)
+        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is JSON, but no text
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
     except UnicodeDecodeError as error:
         faults.add(where, f"broken UTF-8 at byte {error.start} of the line: {raw[max(0, error.start - 20) :][:40]!r}")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
+        faults.add(where, f"{half} is half of a character (a lone surrogate); remove it or write the whole character")
     except (json.JSONDecodeError, RecursionError) as error:
         faults.add(where, f"not JSON ({error}): {shorten(raw[:80].decode('utf-8', 'replace'))}")
-    else:
-        if value is None:
-            faults.add(where, "null where an object {...} is expected")
-        return value
-    return None
+    return _UNREADABLE
 
 
 def check_training_row(row: dict[str, Any]) -> list[str]:
@@ -197,7 +202,7 @@ class TrainingRows:
     Args:
         paths: files, globs or folders of rows `{"query", "pos", "neg"}`.
         max_rows_per_file: a larger file is cut to a random sample of this size, drawn from `seed`.
-        need_scores: every row must carry `pos_scores` and `neg_scores`.
+        need_scores: every row must carry `pos_scores`, negatives and their `neg_scores`.
 
     Raises:
         ValueError: anything is wrong with any row of any file; the first ten faults with file and line.
@@ -209,24 +214,22 @@ class TrainingRows:
         faults = Faults()
         self.rows: list[dict[str, Any]] = []
         self.places: list[tuple[str, int]] = []
-        for path in find_files(paths, faults):
+        for number, path in enumerate(find_files(paths, faults)):
             rows, places = [], []
             for where, line, row in read_json_rows(path, faults):
                 for what in check_training_row(row):
                     faults.add(where, what)
-                if need_scores and (
-                    row.get("pos_scores") is None or (row.get("neg") and row.get("neg_scores") is None)
-                ):
-                    faults.add(
-                        where, 'no "pos_scores"/"neg_scores": knowledge distillation needs a score for each text'
-                    )
+                if need_scores and (row.get("pos_scores") is None or not row.get("neg_scores")):
+                    faults.add(where, 'no "pos_scores" or "neg_scores": distillation needs a negative, and all scores')
                 rows.append(row)
                 places.append((path, line))
             if max_rows_per_file is not None and len(rows) > max_rows_per_file:
-                chosen = sorted(random.Random(f"{seed}-{path}").sample(range(len(rows)), max_rows_per_file))
+                chosen = sorted(random.Random(f"{seed}-{number}").sample(range(len(rows)), max_rows_per_file))
                 rows, places = [rows[i] for i in chosen], [places[i] for i in chosen]
             self.rows += rows
             self.places += places
+        if not paths:
+            faults.add("training data", "no file is named")
         faults.raise_if_any()
         # Only queries that occur more than once need to know of other rows' positives.
         ids_of_query: dict[str, list[int]] = {}
@@ -348,7 +351,7 @@ def draw_example(
         query=query_prefix(data.get("prompt")) + data["query"],
         passages=[passage_prefix + text for text in passages],
         passage_ids=passage_ids,
-        known_ids=[text_id(text) for text in known],
+        known_ids=sorted(text_id(text) for text in known),
         teacher_scores=scores if teacher_scores else None,
     )
 

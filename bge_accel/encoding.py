@@ -125,6 +125,8 @@ class EmbeddingModel:
         dtype: torch dtype or its name; "auto" is float32 on a CPU and float16 on a GPU.
         pooling: "cls", "mean" or "last_token".
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
+        batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
+            otherwise.
     """
 
     def __init__(
@@ -139,7 +141,10 @@ class EmbeddingModel:
         query_instruction_format: str = "{}{}",
         passage_instruction: str | None = None,
         passage_instruction_format: str = "{}{}",
+        batch_size: int | None = None,
         max_length: int | None = None,
+        query_max_length: int | None = None,
+        passage_max_length: int | None = None,
         convert_to_numpy: bool = True,
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
@@ -160,8 +165,10 @@ class EmbeddingModel:
             token=token,
         )
         self.encoder.to(self.device)
+        self.batch_size = batch_size
         assert self.settings.max_length is not None
         self.max_length = max_length or self.settings.max_length
+        self.query_max_length, self.passage_max_length = query_max_length, passage_max_length
         self.convert_to_numpy = convert_to_numpy
 
     @property
@@ -169,15 +176,40 @@ class EmbeddingModel:
         """Length of an embedding."""
         return self.encoder.backbone.config.hidden_size  # type: ignore[union-attr,return-value]
 
-    def encode_queries(self, queries: str | Sequence[str], **kwargs: Any) -> np.ndarray | torch.Tensor:
+    def encode_queries(
+        self,
+        queries: str | Sequence[str],
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        convert_to_numpy: bool | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray | torch.Tensor:
         """`encode` with the query instruction before each text."""
-        return self._encode(queries, self.settings.query_prefix, **{"description": "queries", **kwargs})
+        max_length = max_length or self.query_max_length
+        prefix = self.settings.query_prefix
+        return self._encode(queries, prefix, batch_size, max_length, convert_to_numpy, show_progress, "queries")
 
-    def encode_corpus(self, corpus: str | Sequence[str], **kwargs: Any) -> np.ndarray | torch.Tensor:
+    def encode_corpus(
+        self,
+        corpus: str | Sequence[str],
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        convert_to_numpy: bool | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray | torch.Tensor:
         """`encode` with the passage instruction, if the model has one, before each text."""
-        return self._encode(corpus, self.settings.passage_prefix, **{"description": "passages", **kwargs})
+        max_length = max_length or self.passage_max_length
+        prefix = self.settings.passage_prefix
+        return self._encode(corpus, prefix, batch_size, max_length, convert_to_numpy, show_progress, "passages")
 
-    def encode(self, sentences: str | Sequence[str], **kwargs: Any) -> np.ndarray | torch.Tensor:
+    def encode(
+        self,
+        sentences: str | Sequence[str],
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        convert_to_numpy: bool | None = None,
+        show_progress: bool = False,
+    ) -> np.ndarray | torch.Tensor:
         """Embeddings of texts as they stand, without an instruction.
 
         Args:
@@ -187,32 +219,29 @@ class EmbeddingModel:
             convert_to_numpy: False gives a torch tensor on the CPU.
             show_progress: a progress bar.
         """
-        return self._encode(sentences, "", **kwargs)
+        return self._encode(sentences, "", batch_size, max_length, convert_to_numpy, show_progress, "texts")
 
     def _encode(
         self,
         texts: str | Sequence[str],
         prefix: str,
-        *,
-        batch_size: int | None = None,
-        max_length: int | None = None,
-        convert_to_numpy: bool | None = None,
-        show_progress: bool = False,
-        description: str = "texts",
+        batch_size: int | None,
+        max_length: int | None,
+        convert_to_numpy: bool | None,
+        show_progress: bool,
+        description: str,
     ) -> np.ndarray | torch.Tensor:
-        alone = isinstance(texts, str)
-        limit = min(max_length or self.max_length, max_positions(self.encoder.backbone.config))
         embeddings = encode_texts(
             self.encoder,
             self.tokenizer,
             [texts] if isinstance(texts, str) else texts,
-            max_length=limit,
+            max_length=min(max_length or self.max_length, max_positions(self.encoder.backbone.config)),
             prefix=prefix,
-            max_texts=batch_size,
+            max_texts=batch_size or self.batch_size,
             show_progress=show_progress,
             description=description,
         )
-        result = embeddings[0] if alone else embeddings
+        result = embeddings[0] if isinstance(texts, str) else embeddings
         wants_numpy = self.convert_to_numpy if convert_to_numpy is None else convert_to_numpy
         return result if wants_numpy else torch.from_numpy(result)
 
@@ -229,17 +258,20 @@ class FlagModel(EmbeddingModel):
         model_name_or_path: str,
         normalize_embeddings: bool | None = None,
         use_fp16: bool = True,
+        use_bf16: bool = False,
         query_instruction_for_retrieval: str | None = None,
         query_instruction_format: str = "{}{}",
-        devices: str | None = None,
+        devices: str | Sequence[str] | None = None,
         pooling_method: str | None = None,
         **kwargs: Any,
     ) -> None:
-        device = torch.device(devices) if devices is not None else default_device()
+        device = (
+            default_device() if devices is None else torch.device(devices if isinstance(devices, str) else devices[0])
+        )
         super().__init__(
             model_name_or_path,
             device=device,
-            dtype=resolve_dtype(use_fp16, False, device)[0],
+            dtype=resolve_dtype(use_fp16 and not use_bf16, use_bf16, device)[0],
             pooling=pooling_method,
             normalize=normalize_embeddings,
             query_instruction=query_instruction_for_retrieval,

@@ -137,16 +137,17 @@ class _TiledNLL(torch.autograd.Function):
         q_emb, p_emb, target, lse = ctx.saved_tensors
         weight = grads[0] / ctx.temperature
         q_grad, p_grad = torch.zeros_like(q_emb), torch.zeros_like(p_emb)
-        for rows, columns, pairs in ctx.tiles:
-            scores = q_emb[rows] @ p_emb[columns].T
-            scores[pairs] = -torch.inf
-            # Gradient of the scores: soft-max minus one at the target, times the incoming gradient.
-            scores.div_(ctx.temperature).sub_(lse[rows, None]).exp_()
-            at, inside = _targets_in(target[rows], columns)
-            scores[inside, at] -= 1
-            scores.mul_(weight[rows, None])
-            q_grad[rows].addmm_(scores, p_emb[columns])
-            p_grad[columns].addmm_(scores.T, q_emb[rows])
+        with torch.autocast(q_emb.device.type, enabled=False):
+            for rows, columns, pairs in ctx.tiles:
+                scores = q_emb[rows] @ p_emb[columns].T
+                scores[pairs] = -torch.inf
+                # Gradient of the scores: soft-max minus one at the target, times the incoming gradient.
+                scores.div_(ctx.temperature).sub_(lse[rows, None]).exp_()
+                at, inside = _targets_in(target[rows], columns)
+                scores[inside, at] -= 1
+                scores.mul_(weight[rows, None])
+                q_grad[rows].addmm_(scores, p_emb[columns])
+                p_grad[columns].addmm_(scores.T, q_emb[rows])
         return q_grad, p_grad, None, None, None, None
 
 

@@ -135,12 +135,14 @@ def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
     prompts_file = _read_json(model_name_or_path, "config_sentence_transformers.json", hub) or {}
     prompts = dict(prompts_file.get("prompts") or {})
     default = prompts.get(prompts_file.get("default_prompt_name") or "", "")
-    passage_name = next((name for name in ("document", "passage", "corpus") if prompts.get(name)), "document")
+    query_prefix = prompts.pop("query", default)
+    filled = [prompts.pop(name) for name in ("document", "passage", "corpus") if prompts.get(name)]
+    passage_prefix = filled[0] if filled else prompts.pop("document", default)
     return EmbeddingSettings(
         pooling=pooling,
         normalize=normalize,
-        query_prefix=prompts.pop("query", None) or default,
-        passage_prefix=prompts.pop(passage_name, None) or default,
+        query_prefix=query_prefix,
+        passage_prefix=passage_prefix,
         max_length=transformer.get("max_seq_length"),
         lower_case=bool(transformer.get("do_lower_case")),
         other_prompts={name: text for name, text in prompts.items() if name != "document"},

@@ -190,6 +190,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--negatives_cross_device needs in-batch negatives, which --use_inbatch_neg False turns off")
     if not cfg.use_inbatch_neg and cfg.train_group_size == 1:
         raise ValueError("--use_inbatch_neg False with --train_group_size 1 leaves nothing to learn from; raise one")
+    if cfg.knowledge_distillation and cfg.train_group_size == 1:
+        raise ValueError("--knowledge_distillation compares the passages of a group; raise --train_group_size above 1")
+    if not 0 <= cfg.seed < 2**32:
+        raise ValueError(f"--seed is {cfg.seed}: it has to be between 0 and 2**32 - 1")
     for tracker in cfg.report_to:
         if tracker not in ("none", "all", "tensorboard", "wandb", "trackio"):
             raise ValueError(f"--report_to {tracker} is not one of none, tensorboard, wandb, trackio, all")

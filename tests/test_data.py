@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import chain
 
 import pytest
-import zstandard
+from backports import zstd
 
 from bge_accel.data import (
     Faults,
@@ -87,7 +87,7 @@ LINE_FAULTS = [
     (b"[1, 2]", "an array where an object {...} is expected: [1, 2]"),
     (b'"text"', 'a plain value where an object {...} is expected: "text"'),
     (b"7", "a plain value where an object {...} is expected: 7"),
-    (b"null", "null where an object {...} is expected"),
+    (b"null", "a plain value where an object {...} is expected: null"),
     (b'{"query": "\xff"}', "broken UTF-8 at byte 11 of the line"),
     (b"[" * 100_000, "not JSON (maximum recursion depth exceeded"),
     *((json.dumps(row).encode(), what) for row, what in ROW_FAULTS),
@@ -151,11 +151,9 @@ ROWS = [{"query": f"question {number} 检索 😀", "pos": [f"answer {number}"],
 
 def unfinished_zst(rows):
     """What a writer leaves behind that flushed whole rows and died: without its last bytes no end, but no broken row."""
-    compressor = zstandard.ZstdCompressor().compressobj()
+    compressor = zstd.ZstdCompressor()
     parts = [rows[start : start + 100] for start in range(0, len(rows), 100)]
-    return b"".join(
-        compressor.compress(lines(part)) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts
-    )[:-1]
+    return b"".join(compressor.compress(lines(part), zstd.ZstdCompressor.FLUSH_BLOCK) for part in parts)[:-1]
 
 
 @pytest.mark.parametrize(
@@ -197,7 +195,7 @@ def test_an_item_of_an_array_is_named_by_its_number(write):
 
 def test_null_in_an_array_is_a_fault(write):
     path = write("a.json", json.dumps([GOOD, None]).encode())
-    assert f"{path}:2: null where an object" in message_of([path])
+    assert f"{path}:2: a plain value where an object" in message_of([path])
 
 
 def test_all_faulty_files_are_reported_at_once(write):
@@ -221,9 +219,9 @@ def formats(rows):
         "a.jsonl.gz": gzip.compress(plain),
         "a.json.gz": gzip.compress(array),
         "members.jsonl.gz": gzip.compress(half) + gzip.compress(rest),
-        "a.jsonl.zst": zstandard.compress(plain),
-        "a.json.zst": zstandard.compress(array),
-        "frames.jsonl.zst": zstandard.compress(half) + zstandard.compress(rest),
+        "a.jsonl.zst": zstd.compress(plain),
+        "a.json.zst": zstd.compress(array),
+        "frames.jsonl.zst": zstd.compress(half) + zstd.compress(rest),
         "bom.jsonl": b"\xef\xbb\xbf" + plain,
         "bom.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + plain),
         "bom_array.json": b"\xef\xbb\xbf" + array,
@@ -283,7 +281,7 @@ def test_rows_as_flag_embedding_has_them(write):
         ({**GOOD, "neg_scores": [1, 2]}, False),
         ({**GOOD, "pos_scores": [1], "neg_scores": None}, False),
         ({**GOOD, "pos_scores": [1], "neg_scores": [1, 2]}, True),
-        ({"query": "q", "pos": ["a"], "pos_scores": [1]}, True),
+        ({"query": "q", "pos": ["a"], "pos_scores": [1]}, False),
     ],
 )
 def test_scores_are_demanded_for_distillation(write, row, passes):
@@ -291,7 +289,7 @@ def test_scores_are_demanded_for_distillation(write, row, passes):
     if passes:
         assert len(TrainingRows([path], need_scores=True)) == 1
     else:
-        what = 'no "pos_scores"/"neg_scores": knowledge distillation needs a score for each text'
+        what = 'no "pos_scores" or "neg_scores": distillation needs a negative, and all scores'
         assert f"\n{path}:1: {what}" in message_of([path], need_scores=True)
 
 
@@ -453,17 +451,6 @@ def test_without_negatives_other_rows_passages_serve_but_no_known_positive(few):
         assert drawn == [draw_example(few, row, epoch, seed=0, group_size=4).passages for epoch in range(60)]
 
 
-def test_teacher_scores_never_run_short(write):
-    scored = [{"query": f"q{i}", "pos": [f"p{i}"], "pos_scores": [1.0]} for i in range(5)]
-    rows = TrainingRows([write("a.jsonl", scored)], need_scores=True)
-    try:
-        example = draw_example(rows, 0, 0, seed=0, group_size=4, teacher_scores=True)
-    except ValueError as error:  # no score is known for other rows' passages: to be refused, or else scored somehow
-        assert rows.place(0) in str(error)
-    else:
-        assert len(example.teacher_scores) == len(example.passages)
-
-
 @pytest.mark.parametrize(
     "data", [[{"query": "q", "pos": ["a"]}], [{"query": "q", "pos": ["a"]}, {"query": "q", "pos": ["b"]}],
              [{"query": "q", "pos": ["a", "b"]}, {"query": "r", "pos": ["b"], "neg": ["a"]}]]
@@ -496,13 +483,6 @@ def test_shuffling_reorders_the_thirds_of_long_positives_alone(write):
         draw_example(rows, 0, e, seed=0, group_size=1, shuffle_ratio=0.5).passages[0] == LONG for e in range(400)
     ]
     assert 150 < sum(unshuffled) < 250
-
-
-def test_shuffling_cuts_no_word(write):
-    rows = TrainingRows([write("a.jsonl", [{"query": "q", "pos": [LONG]}])])
-    for epoch in range(20):
-        (text,) = draw_example(rows, 0, epoch, seed=0, group_size=1, shuffle_ratio=1.0).passages
-        assert sorted(text.split()) == sorted(LONG.split())
 
 
 def test_text_ids_tell_texts_apart():

@@ -241,7 +241,7 @@ def test_bad_input_is_reported_before_anything_is_loaded_or_written(
         (["--deepspeed", "ds.json"], "--deepspeed is not available: say so to `accelerate launch`"),
         (["--use_inbatch_neg", "False", "--train_group_size", "1"], "leaves nothing to learn from"),
         (["--lr", "1"], "unknown argument --lr"),
-        (["--knowledge_distillation"], 'no "pos_scores"/"neg_scores"'),
+        (["--knowledge_distillation"], 'no "pos_scores" or "neg_scores"'),
     ],
 )
 def test_wrong_settings_are_refused_in_one_line(
