@@ -136,8 +136,8 @@ def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
     prompts = dict(prompts_file.get("prompts") or {})
     default = prompts.get(prompts_file.get("default_prompt_name") or "", "")
     query_prefix = prompts.pop("query", default)
-    filled = [prompts.pop(name) for name in ("document", "passage", "corpus") if prompts.get(name)]
-    passage_prefix = filled[0] if filled else prompts.pop("document", default)
+    passage_name = next((name for name in ("document", "passage", "corpus") if prompts.get(name)), "document")
+    passage_prefix = prompts.pop(passage_name, default)
     return EmbeddingSettings(
         pooling=pooling,
         normalize=normalize,

@@ -10,6 +10,8 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
+# Models here are tiny: threads would only wait for one another. Scripts that a test starts inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1, seed: int = 0) -> str:

@@ -25,15 +25,6 @@ TEXTS = [
 TEXTS += [f"{'value ' * (number % 7)}string {number}" for number in range(22)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are many times faster without threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def folder(tiny_model, tmp_path_factory):
     """The tiny model, mean-pooled, with instructions for queries and passages."""
@@ -257,8 +248,8 @@ def test_resolve_dtype_refuses_both_and_asks_the_default_device():
 
 
 def test_flag_model_takes_flag_embeddings_arguments(folder, model):
-    """In FlagEmbedding's order: normalize_embeddings, use_fp16, instruction, its format, devices, pooling_method."""
-    flag = FlagModel(folder, False, False, "find", "{}: {}", "cpu", "cls")
+    """In FlagEmbedding's order: normalize_embeddings, use_fp16, use_bf16, instruction, its format, devices, pooling_method."""
+    flag = FlagModel(folder, False, False, False, "find", "{}: {}", "cpu", "cls")
     ours = EmbeddingModel(
         folder,
         device="cpu",

@@ -14,15 +14,6 @@ from bge_accel.losses import contrastive_loss, known_positive_pairs
 NUM_QUERIES, NUM_GROUPS = 3, 5  # five groups in the batch: three of the queries are this process's
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small are many times faster without threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def log_softmax(values):
     highest = max(values)
     total = math.log(sum(math.exp(value - highest) for value in values))
@@ -278,58 +269,3 @@ def test_nothing_known_masks_nothing():
     masked = torch.from_numpy(rows), torch.from_numpy(columns)
     with_mask = contrastive_loss(q_emb, p_emb, temperature=1, group_size=2, masked=masked)
     assert with_mask.loss == contrastive_loss(q_emb, p_emb, temperature=1, group_size=2).loss
-
-
-@pytest.mark.parametrize("max_scores", [1, 7, 20, 64, 1000])
-@pytest.mark.parametrize(("group_size", "first_query"), [(1, 0), (3, 0), (2, 5)])
-@pytest.mark.parametrize("with_teacher", [False, True])
-def test_tiles_give_the_loss_gradients_and_figures_of_the_whole_matrix(
-    max_scores: int, group_size: int, first_query: int, with_teacher: bool
-) -> None:
-    """Uneven tiles, masked pairs in several of them, an offset, teacher scores; in float64 to 1e-10."""
-    generator = torch.Generator().manual_seed(group_size)
-    num_queries = 9
-    num_passages = (first_query + num_queries + 2) * group_size
-    q_emb, p_emb = (
-        torch.nn.functional.normalize(torch.randn(n, 6, dtype=torch.float64, generator=generator), dim=-1)
-        for n in (num_queries, num_passages)
-    )
-    rows = torch.randint(num_queries, (15,), generator=generator)
-    columns = torch.randint(num_passages, (15,), generator=generator)
-    allowed = columns != (first_query + rows) * group_size
-    options = {
-        "temperature": 0.07,
-        "group_size": group_size,
-        "first_query": first_query,
-        "masked": (rows[allowed], columns[allowed]),
-        "teacher_scores": torch.randn(num_queries, group_size, generator=generator) if with_teacher else None,
-    }
-
-    def run(limit: int) -> tuple:
-        inputs = q_emb.clone().requires_grad_(), p_emb.clone().requires_grad_()
-        output = contrastive_loss(*inputs, **options, max_scores=limit)
-        return (*output, *torch.autograd.grad(output.loss * 3, inputs))
-
-    for tiled, plain in zip(run(max_scores), run(10**9), strict=True):
-        torch.testing.assert_close(tiled, plain, rtol=0, atol=1e-10)
-
-
-def test_tiled_gradients_equal_finite_differences() -> None:
-    q_emb = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
-    p_emb = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
-    masked = (torch.tensor([0, 2]), torch.tensor([5, 1]))
-    assert torch.autograd.gradcheck(
-        lambda q, p: contrastive_loss(q, p, temperature=0.5, group_size=2, masked=masked, max_scores=6).loss,
-        (q_emb, p_emb),
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_tiles_accumulate_in_float32_under_any_precision(dtype: torch.dtype) -> None:
-    q_emb, p_emb = torch.randn(40, 16).to(dtype), torch.randn(40, 16).to(dtype)
-    options = {"temperature": 0.5, "group_size": 1}
-    with torch.autocast("cpu", torch.bfloat16):
-        tiled = contrastive_loss(q_emb, p_emb, **options, max_scores=100)
-    plain = contrastive_loss(q_emb.double(), p_emb.double(), **options)
-    assert tiled.loss.dtype == torch.float32
-    assert abs(float(tiled.loss - plain.loss)) < 1e-5

@@ -30,15 +30,6 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models this small are many times faster without threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def write_st_files(folder, *, pooling="mean", normalize=True, extra_modules=(), transformer=None, st_config=None):
     """sentence-transformers files beside a model; `pooling` is a mode or the whole content of 1_Pooling/config.json."""
     kinds = ["Transformer", "Pooling", *extra_modules] + ["Normalize"] * normalize
