@@ -1,4 +1,4 @@
-"""bge_accel: mine hard negatives for, fine-tune, merge and evaluate BGE-style text-embedding models."""
+"""bge_accel: fine-tune and evaluate BGE-style text-embedding models."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -31,8 +31,11 @@ def atomic_folder(path: str) -> Iterator[str]:
 def move_into(source: str, target: str) -> None:
     """Moves every entry of one folder into another on the same disk, replacing what has the same name.
 
-    The weights go last, so that a folder that loads is whole.
+    Weights that stood there go first and the new ones come last, so that a folder that loads is whole.
     """
+    for name in os.listdir(target):
+        if name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model"):
+            os.remove(os.path.join(target, name))
     for name in sorted(os.listdir(source), key=lambda name: (".safetensors" in name, name)):
         destination = os.path.join(target, name)
         if os.path.isdir(destination):

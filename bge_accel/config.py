@@ -280,11 +280,11 @@ def _read_yaml(
 def user_errors() -> Iterator[None]:
     """Ends the program with status 2 and the message alone where the user's input is at fault (ValueError).
 
-    Under several processes only the first speaks.
+    Under several processes the first of each machine speaks.
     """
     try:
         yield
     except ValueError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

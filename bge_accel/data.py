@@ -248,6 +248,23 @@ class TrainingRows:
         path, line = self.places[index]
         return f"{path}:{line}"
 
+    def passages(self, index: int) -> list[str]:
+        """All passages of a row."""
+        return self.rows[index]["pos"] + (self.rows[index].get("neg") or [])
+
+    def check_negatives(self) -> int:
+        """How many rows have no negatives of their own.
+
+        Raises:
+            ValueError: for one of them the data has no passage that could serve.
+        """
+        without = [index for index, row in enumerate(self.rows) if not row.get("neg")]
+        if without:
+            most = max(range(len(without)), key=lambda i: len(self.known_positives(without[i])))
+            # The row with most positives is the hardest to serve.
+            _draw_other_passage(self, without[most], self.known_positives(without[most]), lambda: 0.0)
+        return len(without)
+
     def known_positives(self, index: int) -> set[str]:
         """The texts known to answer a row's query: its own positives and those of every row with the same query."""
         rows = self._same_query.get(self.rows[index]["query"], (index,))
@@ -366,12 +383,15 @@ def _shuffled(n: int, rng: Callable[[], float]) -> list[int]:
 
 def _draw_other_passage(rows: TrainingRows, row: int, known: set[str], rng: Callable[[], float]) -> str:
     for _ in range(100):
-        other = rows[int(rng() * len(rows))]
-        texts = other["pos"] + (other.get("neg") or [])
+        texts = rows.passages(int(rng() * len(rows)))
         text = texts[int(rng() * len(texts))]
         if text not in known:
             return text
+    for index in range(len(rows)):  # nearly all passages are known positives
+        for text in rows.passages(index):
+            if text not in known:
+                return text
     raise ValueError(
-        f"{rows.place(row)}: the row has no negatives, and hardly any other passage of the data is not one of its "
-        "positives; add negatives or use --train_group_size 1"
+        f"{rows.place(row)}: the row has no negatives, and every other passage of the data is one of its positives; "
+        "add negatives or use --train_group_size 1"
     )

@@ -29,7 +29,7 @@ def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) ->
     on_gpu = (device or default_device()).type != "cpu"
     if fp16 and bf16:
         raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
-    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
         return torch.float32, "this GPU has no bfloat16 arithmetic: computing in float32 instead; --fp16 is faster"
     if on_gpu or not (fp16 or bf16):
         return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None

@@ -97,6 +97,7 @@ class Encoder(torch.nn.Module):
         super().__init__()
         assert pooling in POOLING_METHODS
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+        self.config = backbone.config  # where DeepSpeed looks for the model's width
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """(n, length) token ids and mask to (n, dim) embeddings, pooled and normalised in float32 or better."""
@@ -168,9 +169,7 @@ def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:
         inside = os.path.join(model, name)
         path = inside if os.path.isfile(inside) else None
     else:
-        from transformers.utils import cached_file
-
-        path = cached_file(model, name, _raise_exceptions_for_missing_entries=False, **hub)
+        path = _from_hub(model, name, hub)
     if path is None:
         return None
     try:
@@ -178,6 +177,26 @@ def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:
             return json.load(file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _from_hub(model: str, name: str, hub: dict[str, Any]) -> str | None:
+    """Path of a hub model's file; None where the model is known not to have it, never where that cannot be told."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    where = {key: value for key, value in hub.items() if key in ("cache_dir", "revision")}
+    cached = try_to_load_from_cache(model, name, **where)
+    if cached is not None and not isinstance(cached, str):  # known to be absent
+        return None
+    try:
+        return hf_hub_download(model, name, **hub)
+    except LocalEntryNotFoundError:
+        raise ValueError(
+            f"{model}: cannot find out how it pools: {name} is not in the local cache and the hub cannot be reached; "
+            f"run `hf download {model}` where there is a network, or name a folder"
+        ) from None
+    except EntryNotFoundError:
+        return None
 
 
 def load_encoder(

@@ -42,6 +42,22 @@ def configure_deepspeed(accelerator: Any, *, per_device_batch_size: int, max_gra
     config["zero_force_ds_cpu_optimizer"] = False
 
 
+def whole_state_dict(accelerator: Any, model: Any) -> "dict[str, torch.Tensor]":
+    """The weights in float32 on the CPU, whole, of a model that FSDP or DeepSpeed shards; all processes take part.
+
+    DeepSpeed's own state dict has the half-precision copies; the float32 master weights are put in their place.
+    """
+    weights = accelerator.get_state_dict(model)
+    if accelerator.distributed_type.value == "DEEPSPEED":
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        for name, parameter in accelerator.unwrap_model(model).named_parameters():
+            master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            if master is not None and name in (weights or ()):
+                weights[name] = master.detach().view(weights[name].shape)
+    return {name: t.float().cpu() if t.is_floating_point() else t.cpu() for name, t in (weights or {}).items()}
+
+
 def deepspeed_backward(engine: Any) -> "Callable[[torch.Tensor, torch.Tensor, bool], None]":
     """The `backward` of `embed_and_backward`: the engine averages and steps at the last pass only."""
 

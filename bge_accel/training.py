@@ -34,13 +34,17 @@ class ActivationBudget:
         return self.bytes_per_token is not None or self.max_bytes in (0, float("inf"))
 
     def num_kept(self, tokens: list[int]) -> int:
-        """How many micro-batches, counted from the last (the shortest texts), fit the budget together."""
-        if self.max_bytes == float("inf"):
-            return len(tokens)
+        """How many micro-batches, counted from the last (the shortest texts), fit the budget together.
+
+        At least one, unless nothing is to be kept: under DDP the processes have to agree whether any is, since its
+        first pass with a graph is a collective.
+        """
+        if self.max_bytes in (0, float("inf")):
+            return len(tokens) if self.max_bytes else 0
         kept = total = 0
         for size in reversed(tokens):
             total += size
-            if total * (self.bytes_per_token or 0) > self.max_bytes or self.max_bytes == 0:
+            if kept and total * (self.bytes_per_token or 0) > self.max_bytes:
                 break
             kept += 1
         return kept
@@ -55,14 +59,14 @@ def automatic_activation_bytes(device: torch.device, num_parameters: int) -> flo
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return max(0.7 * (free + unused - optimizer), 0.0)
+        return max(0.7 * (free + unused - optimizer), 1.0)
     try:
         with open("/proc/meminfo") as file:
             fields = dict(line.split(":") for line in file)
         available = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError):  # not Linux
         available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(0.5 * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 0.0)
+    return max(0.5 * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 1.0)
 
 
 def embed_and_backward(

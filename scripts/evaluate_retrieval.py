@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from bge_accel.config import Refusal, option, parse_config, required, user_errors
+from bge_accel.config import Refusal, check_model_path, option, parse_config, required, user_errors
 from bge_accel.data import shorten
 from bge_accel.evaluation import (
     Evaluation,
@@ -105,15 +105,18 @@ def check(cfg: Config) -> None:
         raise ValueError("--add_instruction and --query_instruction_for_retrieval both say what to put before a query")
     if cfg.fp16 and cfg.bf16:
         raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+    check_model_path("--encoder", cfg.encoder)
+    inputs = [*cfg.corpus_data, *cfg.query_data, *([cfg.qrels] if cfg.qrels else [])]
     for name in ("output_file", "save_ranking"):
         path = getattr(cfg, name)
         if path is not None and (not path or os.path.isdir(path)):
             raise ValueError(f"--{name} {path!r} is not the name of a file")
-        if path is not None:
-            try:
-                os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-            except OSError as error:
-                raise ValueError(f"--{name} {path}: its folder cannot be made: {error}") from None
+        if path is not None and any(
+            os.path.exists(path) and os.path.exists(p) and os.path.samefile(path, p) for p in inputs
+        ):
+            raise ValueError(f"--{name} {path} is an input; name another file")
+    if cfg.save_ranking is not None and os.path.abspath(cfg.save_ranking) == os.path.abspath(cfg.output_file):
+        raise ValueError(f"--save_ranking and --output_file are both {cfg.output_file}; name two files")
 
 
 def main(cfg: Config) -> None:
@@ -227,6 +230,7 @@ def versions() -> dict[str, str | None]:
 
 def write_atomically(path: str, text: str) -> None:
     """Writes a file that is complete or, after a crash, not there."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     aside = f"{path}.{os.getpid()}.incomplete"
     with open(aside, "w", encoding="utf-8") as file:
         file.write(text)

@@ -13,6 +13,7 @@ Every flag may also stand in a YAML file: --config run.yaml (the command line wi
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -74,7 +75,7 @@ class Config:
     max_example_num_per_dataset: int = option(100_000_000, "take a random sample of larger files", group="data")
     shuffle_ratio: float = option(0.0, "chance that a long positive has its parts put in random order", group="data")
     pad_to_multiple_of: int | None = option(None, "round padded lengths up to a multiple of this", group="data")
-    dataloader_drop_last: bool = option(False, "drop the run's last batch if it is short", group="data")
+    dataloader_drop_last: bool = option(False, "drop the batches at the end that do not fill a step", group="data")
     cache_path: str | None = option(None, "accepted for FlagEmbedding's sake; nothing is cached", group="data")
 
     temperature: float = option(0.02, "similarities are divided by it; 1 where not normalised", group="loss")
@@ -105,9 +106,9 @@ class Config:
         0.1, "share of the steps in which the rate rises (FlagEmbedding: 0)", group="optimisation"
     )
     warmup_steps: int = option(0, "steps in which the rate rises; wins over --warmup_ratio", group="optimisation")
-    lr_scheduler_type: str = option(
-        "linear", "linear, cosine, constant, constant_with_warmup, ...", group="optimisation"
-    )
+    lr_scheduler_type: Literal[
+        "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
+    ] = option("linear", "how the rate falls", group="optimisation")
     weight_decay: float = option(0.0, "of AdamW; not on biases and norms", group="optimisation")
     adam_beta1: float = option(0.9, "of AdamW", group="optimisation")
     adam_beta2: float = option(0.999, "of AdamW", group="optimisation")
@@ -192,6 +193,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--use_inbatch_neg False with --train_group_size 1 leaves nothing to learn from; raise one")
     if cfg.knowledge_distillation and cfg.train_group_size == 1:
         raise ValueError("--knowledge_distillation compares the passages of a group; raise --train_group_size above 1")
+    if not 0 <= cfg.warmup_ratio <= 1:
+        raise ValueError(f"--warmup_ratio is {cfg.warmup_ratio}: it has to be between 0 and 1")
+    if cfg.warmup_steps < 0:
+        raise ValueError(f"--warmup_steps is {cfg.warmup_steps}: it has to be 0 or more")
     if not 0 <= cfg.seed < 2**32:
         raise ValueError(f"--seed is {cfg.seed}: it has to be between 0 and 2**32 - 1")
     for tracker in cfg.report_to:
@@ -216,6 +221,7 @@ def main(cfg: Config) -> None:
             seed=cfg.seed,
             need_scores=cfg.knowledge_distillation,
         )
+        rows_without_negatives = rows.check_negatives() if cfg.train_group_size > 1 else 0
         deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
 
     import numpy as np
@@ -231,7 +237,7 @@ def main(cfg: Config) -> None:
     from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import instruction_prefix, load_encoder, save_encoder
-    from bge_accel.sharding import configure_deepspeed, deepspeed_backward
+    from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
 
     # ---- accelerator
@@ -305,7 +311,7 @@ def main(cfg: Config) -> None:
     # ---- batches: a pure function of (seed, batch index), prepared in a background thread
     per_batch = cfg.per_device_train_batch_size * world
     total_rows = math.ceil(cfg.num_train_epochs * len(rows))
-    if cfg.max_steps > 0:
+    if cfg.max_steps > 0:  # the loop goes on until so many steps are taken
         num_batches = cfg.max_steps * cfg.gradient_accumulation_steps
     elif cfg.dataloader_drop_last:
         num_batches = total_rows // (per_batch * cfg.gradient_accumulation_steps) * cfg.gradient_accumulation_steps
@@ -327,7 +333,7 @@ def main(cfg: Config) -> None:
 
     def batches() -> Iterator[Batch]:
         order = RowOrder(len(rows), cfg.seed)
-        for index in range(num_batches):
+        for index in itertools.count() if cfg.max_steps > 0 else range(num_batches):
             examples = []
             for position in batch_positions(index, cfg.per_device_train_batch_size, world, rank, end_of_data):
                 epoch, row = order[position]
@@ -357,8 +363,10 @@ def main(cfg: Config) -> None:
             yield Batch(examples, tokens, epoch)
 
     # ---- optimiser and schedule; the schedule counts optimiser steps, whatever the number of processes
-    decayed = [p for p in encoder.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in encoder.parameters() if p.requires_grad and p.ndim <= 1]
+    trained = [p for p in encoder.parameters() if p.requires_grad]
+    # Under ZeRO-3 a parameter is a flat part of itself and keeps its true shape aside.
+    decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
+    others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
     optimizer: Any = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": cfg.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=cfg.learning_rate,
@@ -414,19 +422,32 @@ def main(cfg: Config) -> None:
         say("note: --negatives_cross_device has no effect on one process")
     if cfg.cache_path is not None:
         say("note: --cache_path has no effect: rows are read directly, no cache is written")
-    without = sum(not row.get("neg") for row in rows.rows)
-    if cfg.train_group_size > 1 and without:
-        say(f"note: {without:,} rows have no negatives; theirs are drawn at random from other rows' passages")
+    if rows_without_negatives:
+        say(f"note: {rows_without_negatives:,} rows have no negatives; theirs are drawn from other rows' passages")
+    if cfg.use_inbatch_neg and any("no_in_batch_neg" in os.path.abspath(path) for path in cfg.train_data):
+        say(
+            "note: a folder's name turns nothing off here: for data without in-batch negatives, --use_inbatch_neg False"
+        )
+    if is_sharded and cfg.activation_memory_budget is not None:
+        say("note: --activation_memory_budget has no effect under FSDP and DeepSpeed: all activations are recomputed")
+    if is_deepspeed:
+        say(
+            "note: optimiser, schedule, accumulation, clipping and batch size come from the flags, not DeepSpeed's file"
+        )
+
+    checkpoints: list[str] = []
 
     def save(step: int, is_end: bool = False) -> None:
         """The model as a folder `checkpoint-STEP`, or at the end in `output_dir` itself."""
-        weights = accelerator.get_state_dict(model) if is_sharded else None  # every process takes part
+        weights = whole_state_dict(accelerator, model) if is_sharded else None
         if is_main:
             card = model_card(cfg, settings, len(rows), step)
             if not is_end:
                 with atomic_folder(os.path.join(cfg.output_dir, f"checkpoint-{step}")) as folder:
                     save_encoder(folder, encoder, tokenizer, settings, state_dict=weights, model_card=card)
-                remove_old_checkpoints(cfg.output_dir, cfg.save_total_limit)
+                checkpoints.append(os.path.join(cfg.output_dir, f"checkpoint-{step}"))
+                if cfg.save_total_limit is not None and len(checkpoints) > cfg.save_total_limit:
+                    shutil.rmtree(checkpoints.pop(0))
             else:
                 aside = os.path.join(cfg.output_dir, ".incomplete")
                 shutil.rmtree(aside, ignore_errors=True)
@@ -443,9 +464,10 @@ def main(cfg: Config) -> None:
         if is_sharded:
             tokens = split_micro_batches(tokens, largest(len(tokens.micro_batches), device))
         in_step = index % cfg.gradient_accumulation_steps
-        last = in_step == cfg.gradient_accumulation_steps - 1 or index == num_batches - 1
-        first_in_step = index - in_step
-        accumulated = min(cfg.gradient_accumulation_steps, num_batches - first_in_step)
+        accumulated = cfg.gradient_accumulation_steps
+        if cfg.max_steps < 1:
+            accumulated = min(accumulated, num_batches - (index - in_step))
+        last = in_step == accumulated - 1
 
         def loss_fn(emb: torch.Tensor, batch: Batch = batch, num_queries: int = num_queries) -> tuple[Any, Any]:
             q_emb, p_emb = emb[:num_queries], emb[num_queries:]
@@ -465,7 +487,9 @@ def main(cfg: Config) -> None:
                 masked = torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)
             teacher = None
             if cfg.knowledge_distillation:
-                teacher = torch.tensor(np.array([example.teacher_scores for example in batch.examples]), device=device)
+                teacher = torch.tensor(
+                    np.array([example.teacher_scores for example in batch.examples], dtype=np.float32), device=device
+                )
             output = contrastive_loss(
                 q_emb,
                 p_emb,
@@ -522,10 +546,9 @@ def main(cfg: Config) -> None:
             bar.update()
         else:  # float16 overflowed; the loss scale is lowered, and neither the step nor the schedule moves
             skipped += 1
-            if index < num_batches - 1:
-                continue
-
-        is_end = index == num_batches - 1
+        is_end = step == num_steps or (cfg.max_steps < 1 and index == num_batches - 1)
+        if skips and not is_end:
+            continue
         if step % cfg.logging_steps == 0 or is_end or (step == 1 and cfg.logging_first_step):
             record = {
                 "step": step,
@@ -550,6 +573,8 @@ def main(cfg: Config) -> None:
         if due and not is_end:
             save(step)
             saved_epoch = epoch_done
+        if is_end:
+            break
     bar.close()
 
     # ---- save
@@ -580,9 +605,9 @@ def choose_precision(cfg: Config, device: Any) -> Precision:
     return Precision(name, None if asked == "auto" else warning)
 
 
-def whole(norm: Any) -> float:
-    """A gradient norm as a number; FSDP2 gives it in parts."""
-    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+def whole(norm: Any) -> float | None:
+    """A gradient norm as a number: FSDP2 gives it in parts, DeepSpeed's stage 0 not at all."""
+    return None if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 class Window:
@@ -595,8 +620,9 @@ class Window:
 
     def add(self, output: Any, num_masked: int, num_queries: int, tokens: "TokenBatch") -> None:
         figures = output.loss, output.accuracy, output.positive_similarity, output.hardest_negative_similarity
-        for name, value in zip(self.sums, (1, *(figure.item() for figure in figures), num_masked), strict=True):
-            self.sums[name] += value
+        values = [1, *(figure.item() for figure in figures), num_masked]
+        for name, value in zip(self.sums, values, strict=True):
+            self.sums[name] += 0.0 if math.isnan(value) else value  # no query may have met a negative
         for name, count in zip(self.counts, (num_queries, tokens.num_tokens, tokens.num_padding), strict=True):
             self.counts[name] += count
 
@@ -630,7 +656,7 @@ def enable_gradient_checkpointing(backbone: Any) -> None:
 def log_line(record: dict[str, Any], num_steps: int) -> str:
     return (
         f"step {record['step']}/{num_steps}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.3f}  "
-        f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm']:.2f}  "
+        f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm'] or math.nan:.2f}  "
         f"{record['queries_per_second']:.1f} queries/s  {record['tokens_per_second']:,.0f} tokens/s  "
         f"padding {record['padding']:.1%}  masked {record['masked_per_query']:.2f}/query  "
         f"memory {record['memory_gb']:.1f} GB"
@@ -651,15 +677,16 @@ def without_secrets(cfg: Config) -> Config:
     return Config(**{**asdict(cfg), "token": None})
 
 
-def remove_old_checkpoints(folder: str, keep: int | None) -> None:
-    names = [name for name in os.listdir(folder) if name.startswith("checkpoint-") and name[11:].isdigit()]
-    for name in sorted(names, key=lambda name: int(name[11:]))[: -keep if keep else 0]:
-        shutil.rmtree(os.path.join(folder, name))
-
-
 def model_card(cfg: Config, settings: Any, num_rows: int, step: int) -> str:
     """README.md of the saved model: what it is, how to load it, how it was trained."""
     prompt = f" The query instruction {shorten(settings.query_prefix)} is applied." if settings.query_prefix else ""
+    # Folders are nobody else's business: their last parts say enough.
+    shown = without_secrets(cfg)
+    shown.model_name_or_path, shown.output_dir = (
+        os.path.basename(os.path.normpath(p)) if os.path.isabs(p) else p
+        for p in (shown.model_name_or_path, shown.output_dir)
+    )
+    shown.train_data = [os.path.basename(os.path.normpath(path)) for path in shown.train_data]
     base = "" if os.path.isdir(cfg.model_name_or_path) else f"base_model: {cfg.model_name_or_path}\n"
     return f"""---
 library_name: sentence-transformers
@@ -685,7 +712,7 @@ It also loads as `sentence_transformers.SentenceTransformer(folder)` (`encode_qu
 ## Training configuration
 
 ```yaml
-{to_yaml(without_secrets(cfg)).strip()}
+{to_yaml(shown).strip()}
 ```
 """
 

@@ -12,6 +12,7 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 # Models here are tiny: threads would only wait for one another. Scripts that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is the same on every machine
 
 
 def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1, seed: int = 0) -> str:

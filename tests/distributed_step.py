@@ -22,7 +22,7 @@ from bge_accel.batching import make_token_batch, split_micro_batches
 from bge_accel.distributed import gather, gather_with_grad, largest
 from bge_accel.losses import contrastive_loss, known_positive_pairs
 from bge_accel.model import load_encoder, save_encoder
-from bge_accel.sharding import configure_deepspeed, deepspeed_backward
+from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
 from bge_accel.training import ActivationBudget, embed_and_backward
 
 QUERIES, GROUP, WORLD = 3, 2, 2  # on each process
@@ -189,7 +189,7 @@ def main(model_path: str, mode: str, folder: str | None = None) -> None:
                 accelerator.clip_grad_norm_(model.parameters(), MAX_NORM)
                 optimizer.step()
                 optimizer.zero_grad()
-        weights = accelerator.get_state_dict(model)
+        weights = whole_state_dict(accelerator, model) if sharded else encoder.state_dict()
         if rank == 0:
             names = [name for name, _ in encoder.named_parameters()]
             compare(flat(weights[name] for name in names), expected_parameters, tolerance, f"{case}, parameters")

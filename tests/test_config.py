@@ -274,7 +274,7 @@ def test_user_errors_end_the_program_with_the_message_alone(capsys, monkeypatch)
     with pytest.raises(SystemExit) as stop:
         fail()
     assert stop.value.code == 2 and capsys.readouterr().err == "finetune.py: error: train.jsonl:3: wrong\n"
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit):
         fail()
     assert capsys.readouterr() == ("", "")

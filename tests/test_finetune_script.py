@@ -238,7 +238,9 @@ def test_bad_input_is_reported_before_anything_is_loaded_or_written(
         (["--learning_rate", "fast"], "'fast' is not a number"),
         (["--per_device_train_batch_size", "0"], "it has to be at least 1"),
         (["--fp16", "--bf16"], "exclude each other"),
-        (["--deepspeed", "ds.json"], "--deepspeed is not available: say so to `accelerate launch`"),
+        (["--fsdp", "full_shard"], "--fsdp is not available: say so to `accelerate launch`"),
+        (["--lr_scheduler_type", "steep"], "'steep' is not one of linear"),
+        (["--warmup_ratio", "5"], "it has to be between 0 and 1"),
         (["--use_inbatch_neg", "False", "--train_group_size", "1"], "leaves nothing to learn from"),
         (["--lr", "1"], "unknown argument --lr"),
         (["--knowledge_distillation"], 'no "pos_scores" or "neg_scores"'),
@@ -263,7 +265,6 @@ def test_wrong_settings_are_refused_in_one_line(
         (["--temperature", "0.7"], "take 0.01 to 0.1"),
         (["--dataloader_drop_last", "True"], "do not fill one step of 32 queries"),
         (["--query_max_len", "1000"], "takes 128 at most"),
-        (["--lr_scheduler_type", "steep"], "steep"),
     ],
 )
 def test_settings_that_need_the_model_are_refused_before_a_file_is_written(

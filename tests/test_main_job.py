@@ -22,7 +22,6 @@ def test_the_demonstration_improves_the_real_encoder(tmp_path: Path, real_model:
         json.loads((tmp_path / "demo" / f"{name}.json").read_text())["metrics"] for name in ("base", "tuned-42")
     )
     assert tuned["nDCG@10"] > base["nDCG@10"] + 0.005
-    # Beside the demonstration: a folder that is not its own is never emptied.
     assert not (tmp_path / "metrics.json").exists()
 
 

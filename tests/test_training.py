@@ -115,6 +115,6 @@ def test_budget_measures_and_keeps_as_many_graphs_as_it_allows(tiny_model: str) 
     assert 2 * 32 * 4 * 10 < budget.bytes_per_token < 2 * 32 * 4 * 60
     budget.bytes_per_token = 10_000.0
     assert budget.num_kept([60, 50, 30, 20]) == 3
-    assert budget.num_kept([60, 101]) == 0
+    assert budget.num_kept([60, 101]) == 1, "at least one is kept"
     assert ActivationBudget(0, bytes_per_token=1).num_kept([1, 1]) == 0
     assert 0 < automatic_activation_bytes(torch.device("cpu"), 1000) < 1e13
