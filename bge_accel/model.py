@@ -278,6 +278,14 @@ def _lower_case(tokenizer: Any) -> None:
         tokenizer.backend_tokenizer.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer else [])])
 
 
+def enable_gradient_checkpointing(backbone: Any) -> None:
+    """Has a transformer recompute its activations layer by layer in the backward pass."""
+    backbone.config.use_cache = False
+    # transformers 5.20 renamed it.
+    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 def save_encoder(
     folder: str,
     encoder: Encoder,

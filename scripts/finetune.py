@@ -236,7 +236,7 @@ def main(cfg: Config) -> None:
     from bge_accel.distributed import gather, gather_with_grad, largest
     from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
-    from bge_accel.model import instruction_prefix, load_encoder, save_encoder
+    from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
 
@@ -248,6 +248,7 @@ def main(cfg: Config) -> None:
     precision = choose_precision(cfg, torch.device("cpu" if on_cpu else "cuda"))
     # Buffers are constant; and as processes may differ in how many forward passes they make, sending them would hang.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated")
+    warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # accelerate sets it well
     accelerator = Accelerator(
         mixed_precision=precision.name,
         # Without it two CPU processes would run side by side, unconnected.
@@ -644,13 +645,6 @@ class Window:
             "tokens_per_second": tokens / seconds,
             "padding": padding / (tokens + padding),
         }
-
-
-def enable_gradient_checkpointing(backbone: Any) -> None:
-    backbone.config.use_cache = False
-    # transformers 5.20 renamed it.
-    enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
 
 
 def log_line(record: dict[str, Any], num_steps: int) -> str:

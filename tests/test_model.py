@@ -433,3 +433,11 @@ def test_a_tokenizer_that_has_to_lower_case(copy_of, tmp_path):
     for model in (EmbeddingModel(folder, device="cpu"), same_from_everywhere(saved, "mean", True, "", "", upper)):
         assert model.settings.lower_case
         assert_same(model.encode(upper), by_hand(folder, [text.lower() for text in TEXTS], "mean", True))
+
+
+def test_a_hub_model_that_cannot_be_looked_up_is_never_taken_for_a_silent_one():
+    """Offline and not in the cache: its pooling is unknown, so CLS would be a guess."""
+    with pytest.raises(
+        ValueError, match=r"org/model: cannot find out how it pools: modules\.json is not in the local cache"
+    ):
+        read_settings("org/model")
