@@ -192,7 +192,8 @@ def _from_hub(model: str, name: str, hub: dict[str, Any]) -> str | None:
         return hf_hub_download(model, name, **hub)
     except LocalEntryNotFoundError:
         raise ValueError(
-            f"{model}: cannot find out how it pools: {name} is not in the local cache and the hub cannot be reached; "
+            f"cannot load the model {model!r}: {name}, which says how it pools, is not in the local cache and the hub "
+            "cannot be reached; "
             f"run `hf download {model}` where there is a network, or name a folder"
         ) from None
     except EntryNotFoundError:
