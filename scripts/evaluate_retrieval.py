@@ -111,6 +111,12 @@ def check(cfg: Config) -> None:
         path = getattr(cfg, name)
         if path is not None and (not path or os.path.isdir(path)):
             raise ValueError(f"--{name} {path!r} is not the name of a file")
+        if path is not None:
+            folder = os.path.dirname(os.path.abspath(path))
+            while not os.path.exists(folder):
+                folder = os.path.dirname(folder)
+            if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+                raise ValueError(f"--{name} {path}: its folder cannot be made in {folder}, which is no writable folder")
         if path is not None and any(
             os.path.exists(path) and os.path.exists(p) and os.path.samefile(path, p) for p in inputs
         ):

@@ -83,6 +83,9 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
         (["--batch_size", "0"], "--batch_size is 0"),
         (["--output_file", "."], "--output_file '.' is not the name of a file"),
         (["--output_file", "toy_query.json/metrics.json"], "its folder cannot be made"),
+        (["--output_file", "toy_query.json"], "--output_file toy_query.json is an input"),
+        (["--save_ranking", "metrics.json"], "--save_ranking and --output_file are both metrics.json"),
+        (["--encoder", "./nowhere"], "--encoder ./nowhere is not a folder"),
         (["--fp16", "--bf16"], "exclude each other"),
         (["--save_embedding"], "--save_embedding is not available: every run encodes the corpus itself"),
         (["--save_path", "x.memmap"], "--save_path is not available"),
@@ -92,13 +95,13 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
     ],
 )
 def test_mistakes_are_told_before_a_model_is_loaded(run_script, toy, args, expected):
-    done = run_script(SCRIPT, "--encoder", "no/such/model", *toy, *args, status=2)
-    assert expected in done.stderr and "Traceback" not in done.stderr and "no/such/model" not in done.stderr
+    done = run_script(SCRIPT, "--encoder", "no-such/model", *toy, *args, status=2)
+    assert expected in done.stderr and "Traceback" not in done.stderr and "no-such/model" not in done.stderr
 
 
 def test_mistakes_that_need_the_model(run_script, tiny_model, toy):
-    done = run_script(SCRIPT, "--encoder", "no/such/model", *toy, status=2)
-    assert "no/such/model" in done.stderr and "Traceback" not in done.stderr
+    done = run_script(SCRIPT, "--encoder", "no-such/model", *toy, status=2)
+    assert "no-such/model" in done.stderr and "Traceback" not in done.stderr
     done = run_script(SCRIPT, "--encoder", tiny_model, *toy, "--index_factory", "Flatt", status=2)
     assert "FAISS cannot build the index 'Flatt'" in done.stderr and "Traceback" not in done.stderr
 
