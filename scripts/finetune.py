@@ -162,7 +162,6 @@ class Batch(NamedTuple):
     examples: list[Example]
     tokens: "TokenBatch"
     """All queries, then all passages."""
-    epoch: int
 
 
 def check(cfg: Config) -> None:
@@ -361,7 +360,7 @@ def main(cfg: Config) -> None:
                 max_tokens=cfg.max_tokens_per_micro_batch or default_token_budget(device),
                 pad_to_multiple_of=cfg.pad_to_multiple_of,
             )
-            yield Batch(examples, tokens, epoch)
+            yield Batch(examples, tokens)
 
     # ---- optimiser and schedule; the schedule counts optimiser steps, whatever the number of processes
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -403,14 +402,19 @@ def main(cfg: Config) -> None:
     trackers = cfg.report_to != ["none"]
     if trackers:
         names = {tracker: {"name": cfg.run_name} for tracker in ("wandb", "trackio") if cfg.run_name}
-        flat = {key: value if isinstance(value, int | float | str) else str(value) for key, value in
-                asdict(without_secrets(cfg)).items()}  # fmt: skip
+        flat = {
+            key: value if isinstance(value, int | float | str) else str(value)
+            for key, value in asdict(without_secrets(cfg)).items()
+        }
         accelerator.init_trackers("bge_accel", config=flat, init_kwargs=names)
     log_file = open(os.path.join(cfg.output_dir, "train_log.jsonl"), "w", encoding="utf-8") if is_main else None
 
     shared = world if cfg.negatives_cross_device else 1
-    met = cfg.per_device_train_batch_size * shared * cfg.train_group_size - 1 if cfg.use_inbatch_neg else (
-        cfg.train_group_size - 1)  # fmt: skip
+    met = (
+        cfg.per_device_train_batch_size * shared * cfg.train_group_size - 1
+        if cfg.use_inbatch_neg
+        else (cfg.train_group_size - 1)
+    )
     say(
         f"{len(rows):,} rows, {num_steps:,} steps ({num_batches * per_batch / len(rows):.2f} epochs), global batch "
         f"{per_batch * cfg.gradient_accumulation_steps} queries ({world} process(es) x "
