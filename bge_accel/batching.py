@@ -43,13 +43,37 @@ def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list
     )["input_ids"]
 
 
-def default_token_budget(device: torch.device) -> int:
-    """Tokens in a micro-batch: what keeps the device busy and no more.
+def default_token_budget(
+    device: torch.device, model_config: Any = None, *, bytes_per_value: int = 4, checkpointing: bool = False
+) -> int:
+    """Padded tokens in a micro-batch: what keeps the device busy and no more.
 
-    On a CPU the activations of about 2,048 tokens still fit its cache; 8,192 fill a GPU and, in bge-large, take some
-    16 GB of activations in float32.
+    On a CPU the activations of about 2,048 tokens still fit its cache. 8,192 fill a GPU; in training a large model gets
+    fewer, so that one micro-batch's activations take at most an eighth of the card. It depends on the card and the model
+    alone, never on what memory is free, so that the same run cuts its batches alike every time.
+
+    Args:
+        model_config: of the model in training (`hidden_size`, `num_hidden_layers`); None where no graph is kept.
+        bytes_per_value: of its activations, 2 or 4.
+        checkpointing: of gradients: one state a layer is kept.
     """
-    return 2048 if device.type == "cpu" else 8192
+    if device.type == "cpu":
+        return 2048
+    if model_config is None or device.type != "cuda":
+        return 8192
+    card_bytes = torch.cuda.get_device_properties(device).total_memory
+    return tokens_that_fit(card_bytes / 8, model_config, bytes_per_value=bytes_per_value, checkpointing=checkpointing)
+
+
+def tokens_that_fit(num_bytes: float, model_config: Any, *, bytes_per_value: int, checkpointing: bool) -> int:
+    """Padded tokens whose activations take `num_bytes`, between 512 and 8,192; arguments as in `default_token_budget`.
+
+    17 values of the hidden size a token and layer: Korthikanti et al. 2022 (https://arxiv.org/abs/2205.05198), eq. 1,
+    without the attention matrix, which fused attention never stores.
+    """
+    hidden, layers = model_config.hidden_size, model_config.num_hidden_layers
+    bytes_per_token = bytes_per_value * hidden * (layers + 17 if checkpointing else 17 * layers)
+    return int(min(8192, max(512, num_bytes / bytes_per_token // 256 * 256)))
 
 
 def plan_micro_batches(

@@ -1,9 +1,30 @@
-"""Folders that are complete or absent."""
+"""Checkpoints that are complete or absent, what they hold beside the model, and the signals that ask for one.
 
+A checkpoint is a folder `checkpoint-STEP`: a model that loads, and `training_state/` with the optimiser, the random
+generators and the position. `training_state/manifest.json` has the size and SHA-256 of every file, so that a damaged
+one is known. Nothing in it is pickled, save what DeepSpeed's engine writes for itself.
+"""
+
+import hashlib
+import json
 import os
+import random
+import re
 import shutil
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+STATE = "training_state"
+MANIFEST = os.path.join(STATE, "manifest.json")
+REQUEUE = "requeue"
+"""Name of the file in a run's folder that says: stopped by a signal, to be continued."""
 
 
 @contextmanager
@@ -60,3 +81,222 @@ def flush(path: str) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# ---- finding and checking
+
+
+def find_checkpoints(folder: str) -> list[tuple[int, str]]:
+    """(step, path) of every `checkpoint-STEP` inside a folder, the latest last."""
+    found = []
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        match = re.fullmatch(r"checkpoint-(\d+)", name)
+        if match and os.path.isdir(os.path.join(folder, name)):
+            found.append((int(match[1]), os.path.join(folder, name)))
+    return sorted(found)
+
+
+def remove_checkpoint(path: str) -> None:
+    """Removes a checkpoint; stopped half-way, it leaves nothing that looks like one."""
+    aside = f"{path}.removed"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    shutil.rmtree(aside)
+
+
+def remove_leftovers(folder: str) -> None:
+    """Removes what a killed run left half-written or half-removed."""
+    for name in os.listdir(folder) if os.path.isdir(folder) else ():
+        if re.fullmatch(r"checkpoint-\d+\.(incomplete|removed)|\.incomplete", name):
+            shutil.rmtree(os.path.join(folder, name))
+
+
+def write_manifest(folder: str) -> None:
+    """Notes the size and SHA-256 of every file of a checkpoint; written last."""
+    names = [os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files]
+    files = {}
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
+        json.dump({"files": files}, file, indent=1)
+
+
+def what_is_damaged(folder: str) -> str | None:
+    """What is wrong with a checkpoint, or None if every file is there and holds what was written."""
+    try:
+        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
+            files = json.load(file)["files"]
+        for name, expected in files.items():
+            path = os.path.join(folder, name)
+            if not os.path.isfile(path):
+                return f"{name} is missing"
+            if os.path.getsize(path) != expected["bytes"]:
+                return f"{name} has {os.path.getsize(path):,} bytes where {expected['bytes']:,} were written"
+            if _sha256(path) != expected["sha256"]:
+                return f"{name} does not hold what was written (its SHA-256 differs)"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: it is no checkpoint to continue from, or its copy is incomplete"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
+
+
+def _sha256(path: str) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def choose_checkpoint(asked: str, output_dir: str, say: Callable[[str], None]) -> str | None:
+    """The checkpoint to continue from: `asked`, or the latest whole one in `output_dir` for "latest".
+
+    Args:
+        say: told of each damaged checkpoint that is passed over.
+
+    Returns:
+        None where the latest is asked for and there is none.
+
+    Raises:
+        ValueError: the one named cannot be used, or all there are are damaged.
+    """
+    if asked != "latest":
+        damage = what_is_damaged(asked)
+        if damage is not None:
+            raise ValueError(f"--resume_from_checkpoint {asked}: {damage}")
+        return asked
+    found = find_checkpoints(output_dir)
+    for _, path in reversed(found):
+        damage = what_is_damaged(path)
+        if damage is None:
+            return path
+        say(f"warning: {path} is damaged and passed over: {damage}")
+    if found:
+        raise ValueError(f"every checkpoint in {output_dir} is damaged; move them away to start afresh")
+    return None
+
+
+# ---- the state of training
+
+
+def write_state(folder: str, state: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Writes what training needs beside the model: numbers as JSON, the optimiser's tensors as safetensors."""
+    from safetensors.torch import save_file
+
+    os.makedirs(os.path.join(folder, STATE), exist_ok=True)
+    with open(os.path.join(folder, STATE, "state.json"), "w", encoding="utf-8") as file:
+        json.dump(state, file)
+    if tensors:
+        save_file(dict(tensors), os.path.join(folder, STATE, "optimizer.safetensors"))
+
+
+def read_state(folder: str) -> dict[str, Any]:
+    """The numbers that `write_state` wrote."""
+    with open(os.path.join(folder, STATE, "state.json"), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two nested mappings differ, each as `name: old -> new`."""
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        found = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        return found
+    return [] if old == new else [f"{name}: {old} -> {new}"]
+
+
+def optimizer_tensors(encoder: "torch.nn.Module", optimizer: Any) -> "dict[str, torch.Tensor]":
+    """AdamW's state as whole tensors on the CPU, `exp_avg.PARAMETER` and so on; under FSDP all processes take part."""
+    tensors = {}
+    for name, parameter in _trained(encoder, optimizer).items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            whole = value.full_tensor() if hasattr(value, "full_tensor") else value
+            tensors[f"{key}.{name}"] = whole.detach().cpu().contiguous()
+    return tensors
+
+
+def load_optimizer_tensors(
+    encoder: "torch.nn.Module", optimizer: Any, tensors: "Mapping[str, torch.Tensor]", rates: list[float]
+) -> None:
+    """Puts back what `optimizer_tensors` gave, sharded as the parameters now are, and the groups' learning rates.
+
+    Raises:
+        ValueError: a tensor is missing or does not fit its parameter.
+    """
+    state: dict[int, dict[str, Any]] = {}
+    by_parameter: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        kind, _, name = key.partition(".")
+        by_parameter.setdefault(name, {})[kind] = tensor
+    trained = _trained(encoder, optimizer)
+    if by_parameter and set(by_parameter) != set(trained):
+        odd = sorted(set(by_parameter) ^ set(trained))[0]
+        raise ValueError(f"the checkpoint's optimiser and the model train different parameters ({odd}, for one)")
+    names = {parameter: name for name, parameter in trained.items()}
+    ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, parameter in enumerate(ordered if by_parameter else ()):
+        name = names[parameter]
+        for kind, tensor in by_parameter[name].items():
+            if tensor.ndim and tensor.shape != parameter.shape:
+                shapes = f"{tuple(tensor.shape)} and {tuple(parameter.shape)}"
+                raise ValueError(f"the checkpoint's {kind} of {name} does not fit the model: {shapes}")
+            if tensor.ndim and hasattr(parameter, "device_mesh"):
+                from torch.distributed.tensor import distribute_tensor
+
+                tensor = distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
+            state.setdefault(index, {})[kind] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def _trained(encoder: "torch.nn.Module", optimizer: Any) -> "dict[str, torch.nn.Parameter]":
+    known = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    named = {name: parameter for name, parameter in encoder.named_parameters() if parameter in known}
+    return {name.replace("_checkpoint_wrapped_module.", ""): parameter for name, parameter in named.items()}
+
+
+def random_state(device: "torch.device") -> "dict[str, Any]":
+    """The states of this process's random generators: torch's (CPU and device), NumPy's and Python's."""
+    import torch
+
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # type: ignore[misc]
+    version, internal, next_gauss = random.getstate()
+    return {
+        "torch": torch.get_rng_state().tolist(),
+        "cuda": torch.cuda.get_rng_state(device).tolist() if device.type == "cuda" else None,
+        "numpy": [kind, np.asarray(keys).tolist(), position, has_gauss, gauss],
+        "python": [version, internal, next_gauss],
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: "torch.device") -> None:
+    """Puts back what `random_state` gave; the device's is left alone where that had none."""
+    import torch
+
+    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+    np.random.set_state(tuple(state["numpy"]))
+    version, internal, next_gauss = state["python"]
+    random.setstate((version, tuple(internal), next_gauss))
+
+
+# ---- signals
+
+
+class StopSignals:
+    """Notes SIGTERM and SIGUSR1, so that the loop can save and stop; the second one ends the process at once.
+
+    SLURM sends them before it preempts a job or its time is over.
+    """
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self.received is not None:
+            os._exit(128 + number)
+        self.received = signal.Signals(number).name

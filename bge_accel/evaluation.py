@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.data import Faults, find_files, open_binary, read_json_rows, shorten
 from bge_accel.metrics import retrieval_metrics, trec_order
+from bge_accel.reading import Faults, find_files, open_binary, read_rows, shorten
 from bge_accel.search import build_index, check_index_factory, search
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
@@ -136,7 +136,7 @@ def read_corpus(paths: Sequence[str], faults: Faults) -> Corpus:
     corpus = Corpus([], [], [])
     seen: set[str] = set()
     for path in find_files(paths, faults):
-        for where, _, row in read_json_rows(path, faults):
+        for where, _, row in read_rows(path, faults):
             title = row.get("title")
             if title is not None and not isinstance(title, str):
                 faults.add(where, f'"title" is {shorten(title)}: it has to be a string')
@@ -158,7 +158,7 @@ def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) 
     queries = Queries([], [], [])
     seen: set[str] = set()
     for path in find_files(paths, faults):
-        for where, _, row in read_json_rows(path, faults):
+        for where, _, row in read_rows(path, faults):
             queries.texts.append(_text(row, ("query", "text"), where, faults))
             queries.ids.append(_id(row, len(queries.ids), seen, where, faults))
             positives = row.get("positive") if need_positives else []

@@ -24,6 +24,9 @@ class ContrastiveLoss(NamedTuple):
     positive_similarity: torch.Tensor
     hardest_negative_similarity: torch.Tensor
     """Means over the queries of the similarity (dot product, before the temperature)."""
+    query_losses: torch.Tensor
+    query_correct: torch.Tensor
+    """(queries,) each query's own part of the loss, and whether its positive scores highest."""
 
 
 def contrastive_loss(
@@ -55,7 +58,7 @@ def contrastive_loss(
             the result is the same up to rounding.
 
     Returns:
-        The loss and its figures; all scalars.
+        The loss and its figures.
     """
     dtype = torch.float64 if q_emb.dtype == torch.float64 else torch.float32
     q_emb, p_emb = q_emb.to(dtype), p_emb.to(dtype)
@@ -76,15 +79,16 @@ def contrastive_loss(
             nll, positive, hardest = _plain_nll(q_emb @ p_emb.T, own[:, 0], temperature, masked)
         else:
             nll, positive, hardest = _TiledNLL.apply(q_emb, p_emb, own[:, 0], temperature, masked, max_scores)
-        loss = nll.mean()
         if teacher_scores is not None:
             teacher = teacher_scores.to(dtype).softmax(-1)
-            loss = loss - ((group / temperature).log_softmax(-1) * teacher).sum(-1).mean()
+            nll = nll - ((group / temperature).log_softmax(-1) * teacher).sum(-1)
+        loss = nll.mean()
         with torch.no_grad():
             met = hardest.isfinite()  # a query may meet no negative at all
             hardest_mean = hardest[met].mean() if met.any() else hardest.new_tensor(float("nan"))
-            accuracy = (positive > hardest).to(dtype).mean()
-    return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean)
+            correct = positive > hardest
+    accuracy = correct.to(dtype).mean()
+    return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean, nll.detach(), correct)
 
 
 def _plain_nll(

@@ -7,7 +7,6 @@ lines written for those tools run.
 from bge_accel.config import Refusal
 
 _EVALUATE = Refusal("evaluate the saved folder with scripts/evaluate_retrieval.py", ("no", "False", "0"))
-_CHECKPOINTS = Refusal("start from a saved folder with --model_name_or_path; checkpoints hold the model alone")
 _HUB = Refusal("upload the output folder with `hf upload` when the run is done", ("False", "every_save"))
 _LAUNCH = "say so to `accelerate launch` (or in its YAML): it decides how to run"
 _PREPARE = Refusal("batches are prepared in a background thread; drop the flag", ("0", "False", "True"))
@@ -26,9 +25,6 @@ _ALWAYS_FLAT = Refusal("memory is bounded by micro-batches anyway (--max_tokens_
 REFUSED: dict[str, Refusal] = {
     # FlagEmbedding 1.4
     "sub_batch_size": Refusal("--max_tokens_per_micro_batch bounds memory, without changing the loss", ("-1", "None")),
-    "same_dataset_within_batch": Refusal("pass the files to separate runs, or mix them in one", ("False",)),
-    "small_threshold": Refusal("all files are read as one set of rows; leave small ones out of --train_data", ("0",)),
-    "drop_threshold": Refusal("all files are read as one set of rows; leave small ones out of --train_data", ("0",)),
     "use_mrl": Refusal("Matryoshka training is not offered; drop the flag", ("False",)),
     "mrl_dims": Refusal("Matryoshka training is not offered; drop the flag"),
     "use_fast_tokenizer": Refusal("every tokenizer of transformers 5 is a fast one; drop the flag", ("True",)),
@@ -87,10 +83,9 @@ REFUSED: dict[str, Refusal] = {
         ).split()
     },
     "do_train": Refusal("this script trains; drop the flag", ("True",)),
-    "resume_from_checkpoint": _CHECKPOINTS,
-    "ignore_data_skip": Refusal("drop the flag", ("False",)),
+    "ignore_data_skip": Refusal("going on costs no time here, nothing is skipped; drop the flag", ("False",)),
     "restore_callback_states_from_checkpoint": Refusal("there are no callbacks; drop the flag", ("False",)),
-    "save_only_model": Refusal("checkpoints hold the model alone; drop the flag", ("True",)),
+    "save_only_model": Refusal("a checkpoint is there to go on from; --save_total_limit bounds their number", ("False",)),
     "save_on_each_node": Refusal("the main process saves; copy the folder where you need it", ("False",)),
     "save_safetensors": Refusal("models are saved as safetensors only; drop the flag", ("True",)),
     "enable_jit_checkpoint": Refusal("use --save_steps", ("False",)),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bge_accel.data import shorten
+from bge_accel.reading import shorten
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:

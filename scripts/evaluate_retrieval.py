@@ -23,7 +23,6 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, required, user_errors
-from bge_accel.data import shorten
 from bge_accel.evaluation import (
     Evaluation,
     EvaluationData,
@@ -32,6 +31,7 @@ from bge_accel.evaluation import (
     ranking_rows,
     read_evaluation_data,
 )
+from bge_accel.reading import shorten
 from bge_accel.report import metrics_table
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.

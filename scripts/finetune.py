@@ -9,6 +9,8 @@ On several GPUs, negatives shared among them:
     accelerate launch --multi_gpu --num_processes 8 scripts/finetune.py --model_name_or_path BAAI/bge-base-en-v1.5 \\
         --train_data train.jsonl --output_dir tuned --bf16 --per_device_train_batch_size 128 --negatives_cross_device
 
+A run that was stopped goes on where it was with the same command and --resume_from_checkpoint latest.
+
 Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
 """
 
@@ -22,16 +24,25 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
+
+from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
-from bge_accel.data import Example, RowOrder, TrainingRows, batch_positions, draw_example, shorten
+from bge_accel.data import Example, RowOrder, batch_positions, draw_example
+from bge_accel.reading import shorten
 from bge_accel.refused_flags import REFUSED
+from bge_accel.rows import TrainingRows
 from bge_accel.sharding import read_deepspeed_config
+from bge_accel.sources import Source, SourceSchedule, find_sources, merge_small, source_shares
 
 if TYPE_CHECKING:
+    from bge_accel.streaming import RowStream
+
     from bge_accel.batching import TokenBatch
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
@@ -43,7 +54,10 @@ class Config:
 
     model_name_or_path: str = required("folder or hub name of the model to start from", group="model")
     output_dir: str = required("folder for the tuned model, its log and checkpoints", group="saving and logging")
-    train_data: list[str] = required("files, globs or folders of rows (.jsonl, .json, .gz, .zst)", group="data")
+    train_data: list[str] = required(
+        "files, globs or folders of rows (.jsonl, .json, .parquet, .gz, .zst), or one YAML file of several sources",
+        group="data",
+    )
 
     sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = option(
         None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
@@ -76,7 +90,31 @@ class Config:
     shuffle_ratio: float = option(0.0, "chance that a long positive has its parts put in random order", group="data")
     pad_to_multiple_of: int | None = option(None, "round padded lengths up to a multiple of this", group="data")
     dataloader_drop_last: bool = option(False, "drop the batches at the end that do not fill a step", group="data")
-    cache_path: str | None = option(None, "accepted for FlagEmbedding's sake; nothing is cached", group="data")
+    cache_path: str | None = option(
+        None, "folder for the checked rows, kept for the next run; default: in ~/.cache/bge_accel", group="data"
+    )
+    same_dataset_within_batch: bool = option(
+        False, "every file is a source of its own, and each batch comes from one of them", group="several sources"
+    )
+    small_threshold: int = option(
+        0, "files of fewer rows are one source for each folder (--same_dataset_within_batch)", group="several sources"
+    )
+    drop_threshold: int = option(
+        0, "and dropped where together they have fewer rows than this", group="several sources"
+    )
+    mix_sources: bool = option(False, "mix the sources inside each batch", group="several sources")
+    sampling_temperature: float = option(
+        1.0, "above 1, small sources come more often: shares are sizes to the power of 1 / T", group="several sources"
+    )
+    streaming: bool = option(
+        False, "read rows as they are needed: hub names, URLs, or files too large to keep", group="streaming"
+    )
+    shuffle_buffer_size: int = option(10_000, "rows of a stream that are shuffled together", group="streaming")
+    stopping_strategy: Literal["repeat", "first_exhausted", "all_exhausted"] = option(
+        "repeat",
+        "when a stream's end stops the run: never before --max_steps, at the first end, or when all have ended once",
+        group="streaming",
+    )
 
     temperature: float = option(0.02, "similarities are divided by it; 1 where not normalised", group="loss")
     use_inbatch_neg: bool = option(True, "other queries' passages are negatives too", group="loss")
@@ -147,6 +185,14 @@ class Config:
     save_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to save", group="saving and logging")
     save_steps: int = option(500, "steps between checkpoints (checkpoint-STEP)", group="saving and logging")
     save_total_limit: int | None = option(None, "keep the last N checkpoints", group="saving and logging")
+    resume_from_checkpoint: str | None = option(
+        None,
+        "folder of a checkpoint, or `latest`: the last whole one in --output_dir, and afresh where there is none",
+        group="saving and logging",
+    )
+    allow_changed_data: bool = option(
+        False, "go on although data, seed or batch size are not those of the checkpoint", group="saving and logging"
+    )
     logging_steps: int = option(10, "steps between log lines (FlagEmbedding: 500)", group="saving and logging")
     logging_first_step: bool = option(False, "log the first step too", group="saving and logging")
     report_to: list[str] = option(
@@ -156,19 +202,45 @@ class Config:
     disable_tqdm: bool = option(False, "no progress bar", group="saving and logging")
 
 
+@dataclass
+class Feed:
+    """One source of rows, with what the run does to it."""
+
+    source: Source
+    rows: TrainingRows | None
+    """None for a stream, which is opened later."""
+    stream: "RowStream | None"
+    epochs: float
+    group_size: int
+    batch_size: int
+    """Queries on each process."""
+    in_batch_negatives: bool
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    order: RowOrder | None = None
+
+
 class Batch(NamedTuple):
     """One process's share of a global batch, ready for the encoder."""
 
     examples: list[Example]
+    sources: list[int]
+    """For each example the number of its source."""
+    feed: Feed
+    """The source, or one of the mixed sources, which agree in what the loss needs to know."""
     tokens: "TokenBatch"
     """All queries, then all passages."""
+    streams: list[dict]
+    """Where each stream stands after this batch."""
+    passes: list[int]
+    """How often each stream has been read to its end, this batch included."""
 
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is loaded or written."""
     for name in (
         "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "save_steps",
-        "gradient_accumulation_steps", "logging_steps", "max_example_num_per_dataset",
+        "gradient_accumulation_steps", "logging_steps", "max_example_num_per_dataset", "shuffle_buffer_size",
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1")
@@ -178,6 +250,20 @@ def check(cfg: Config) -> None:
     for name in ("max_tokens_per_micro_batch", "pad_to_multiple_of", "save_total_limit"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1, or left out")
+    if cfg.streaming and cfg.max_steps < 1:
+        raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has")
+    if not cfg.streaming and cfg.stopping_strategy != "repeat":
+        raise ValueError(f"--stopping_strategy {cfg.stopping_strategy} is about streams; add --streaming or drop it")
+    if not cfg.sampling_temperature > 0:
+        raise ValueError(f"--sampling_temperature is {cfg.sampling_temperature}: it has to be above 0")
+    if (cfg.small_threshold or cfg.drop_threshold) and not cfg.same_dataset_within_batch:
+        raise ValueError(
+            "--small_threshold and --drop_threshold need --same_dataset_within_batch, else files are one set"
+        )
+    if cfg.streaming and (cfg.small_threshold or cfg.drop_threshold):
+        raise ValueError(
+            "--small_threshold and --drop_threshold need to know how many rows there are: drop --streaming"
+        )
     if cfg.max_steps < 1 and not cfg.num_train_epochs > 0:
         raise ValueError(f"--num_train_epochs is {cfg.num_train_epochs}: it has to be above 0")
     if cfg.fp16 + cfg.bf16 + (cfg.mixed_precision is not None) > 1:
@@ -206,32 +292,131 @@ def check(cfg: Config) -> None:
     check_model_path("--model_name_or_path", cfg.model_name_or_path)
     if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
         raise ValueError(f"--output_dir {cfg.output_dir} is a file; name a folder")
-    if os.path.isdir(cfg.output_dir) and os.listdir(cfg.output_dir) and not cfg.overwrite_output_dir:
-        raise ValueError(f"--output_dir {cfg.output_dir} is in use; name another folder or add --overwrite_output_dir")
+    inside = os.listdir(cfg.output_dir) if os.path.isdir(cfg.output_dir) else []
+    goes_on = cfg.resume_from_checkpoint is not None and (
+        "run_config.yaml" in inside or find_checkpoints(cfg.output_dir)
+    )
+    if inside and not goes_on and not cfg.overwrite_output_dir:
+        raise ValueError(
+            f"--output_dir {cfg.output_dir} is in use; name another folder, add --overwrite_output_dir, or, to go on with "
+            "a run of this script, --resume_from_checkpoint latest"
+        )
+    parent = cfg.output_dir
+    while parent and not os.path.exists(parent):
+        parent = os.path.dirname(os.path.abspath(parent))
+    if not os.access(parent or ".", os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {cfg.output_dir}: {parent} cannot be written to; name another folder")
+    asked = cfg.resume_from_checkpoint
+    if asked not in (None, "latest"):
+        if not os.path.isdir(asked):
+            raise ValueError(f"--resume_from_checkpoint {asked} is not a folder; name one, or `latest`")
+        if not os.path.isdir(os.path.join(asked, "training_state")):
+            raise ValueError(
+                f"--resume_from_checkpoint {asked} holds no training state; to start from its weights, name it by "
+                "--model_name_or_path"
+            )
+
+
+def load_feeds(cfg: Config) -> list[Feed]:
+    """The sources of rows with their settings, every row checked; streams are opened later.
+
+    Raises:
+        ValueError: something is wrong with a source or any row, or settings of sources exclude each other.
+    """
+    sources = find_sources(cfg.train_data, one_per_file=cfg.same_dataset_within_batch)
+
+    def read(paths: list[str]) -> TrainingRows:
+        return TrainingRows(
+            paths,
+            max_rows_per_file=cfg.max_example_num_per_dataset,
+            seed=cfg.seed,
+            need_scores=cfg.knowledge_distillation,
+            cache_folder=cfg.cache_path,
+        )
+
+    rows: list[TrainingRows | None] = [None] * len(sources)
+    if not cfg.streaming:
+        if len(sources) > 1:  # the faults of all of them together
+            read([path for source in sources for path in source.path])
+        checked = [read(source.path) for source in sources]
+        if cfg.small_threshold:
+            sizes = [len(rows_of_source) for rows_of_source in checked]
+            sources, dropped = merge_small(sources, sizes, cfg.small_threshold, cfg.drop_threshold)
+            if not sources:
+                raise ValueError(f"all {dropped:,} rows lie in small files and are dropped; lower --drop_threshold")
+            checked = [read(source.path) for source in sources]
+        rows = list(checked)
+    feeds = [
+        Feed(
+            source=source,
+            rows=rows_of_source,
+            stream=None,
+            epochs=source.epochs or cfg.num_train_epochs,
+            group_size=source.train_group_size or cfg.train_group_size,
+            batch_size=source.per_device_train_batch_size or cfg.per_device_train_batch_size,
+            in_batch_negatives=cfg.use_inbatch_neg if source.use_inbatch_neg is None else source.use_inbatch_neg,
+        )
+        for source, rows_of_source in zip(sources, rows, strict=True)
+    ]
+    for feed in feeds:
+        name = feed.source.name
+        if not feed.in_batch_negatives and feed.group_size == 1:
+            raise ValueError(f"source {name!r}: a group of 1 without in-batch negatives leaves nothing to learn from")
+        if cfg.knowledge_distillation and feed.group_size == 1:
+            raise ValueError(
+                f"source {name!r}: --knowledge_distillation compares the passages of a group; 1 is too few"
+            )
+        if cfg.streaming and feed.source.epochs is not None:
+            raise ValueError(
+                f"source {name!r}: nobody knows how long an epoch of a stream is; give the sources weights"
+            )
+        if cfg.mix_sources:
+            for setting in ("group_size", "batch_size", "in_batch_negatives"):
+                values = getattr(feeds[0], setting), getattr(feed, setting)
+                if values[0] != values[1]:
+                    raise ValueError(
+                        f"source {name!r}: --mix_sources puts all sources into one batch, but their {setting} differ: "
+                        f"{values[0]} and {values[1]}"
+                    )
+        if cfg.sampling_temperature != 1 and (feed.source.weight or feed.source.epochs):
+            raise ValueError("--sampling_temperature and a source's weight or epochs exclude each other; leave one out")
+    return feeds
 
 
 def main(cfg: Config) -> None:
     # ---- check everything that can be checked before a model is loaded or a file written
     with user_errors():
         check(cfg)
-        rows = TrainingRows(
-            cfg.train_data,
-            max_rows_per_file=cfg.max_example_num_per_dataset,
-            seed=cfg.seed,
-            need_scores=cfg.knowledge_distillation,
-        )
-        rows_without_negatives = rows.check_negatives() if cfg.train_group_size > 1 else 0
+        feeds = load_feeds(cfg)
+        rows_without_negatives = sum(feed.rows.check_negatives() for feed in feeds if feed.rows and feed.group_size > 1)
         deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
 
-    import numpy as np
+    stop = StopSignals()
+
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
-    from accelerate.utils import DeepSpeedPlugin, DistributedType, set_seed
+    from accelerate.utils import DeepSpeedPlugin, DistributedType, broadcast_object_list, gather_object, set_seed
+    from safetensors.torch import load_file
     from tqdm import tqdm
     from transformers import get_scheduler
 
     from bge_accel.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
-    from bge_accel.checkpoint import atomic_folder, flush_tree, move_into
+    from bge_accel.checkpoint import (
+        atomic_folder,
+        choose_checkpoint,
+        differences,
+        flush_tree,
+        load_optimizer_tensors,
+        move_into,
+        optimizer_tensors,
+        random_state,
+        read_state,
+        remove_checkpoint,
+        remove_leftovers,
+        set_random_state,
+        write_manifest,
+        write_state,
+    )
     from bge_accel.distributed import gather, gather_with_grad, largest
     from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
@@ -274,18 +459,91 @@ def main(cfg: Config) -> None:
         say(f"note: {precision.warning}")
     set_seed(cfg.seed, device_specific=True)
 
+    # ---- where to go on
+    num_rows = sum(len(feed.rows) for feed in feeds if feed.rows)
+    amounts = [
+        feed.epochs * len(feed.rows) / (1 if cfg.mix_sources else feed.batch_size) if feed.rows else 1.0
+        for feed in feeds
+    ]
+    shares = source_shares([feed.source for feed in feeds], amounts, cfg.sampling_temperature)
+    # All that the place of a row in the run depends on.
+    position = {
+        "seed": cfg.seed,
+        "gradient_accumulation_steps": cfg.gradient_accumulation_steps,
+        "mix_sources": cfg.mix_sources,
+        "sources": {
+            feed.source.name: {
+                "rows": feed.rows.digest() if feed.rows else feed.source.path,
+                "share": share,
+                "global_batch_size": feed.batch_size * world,
+            }
+            for feed, share in zip(feeds, shares.tolist(), strict=True)
+        },
+    }
+    if cfg.streaming:
+        position |= {"num_processes": world, "shuffle_buffer_size": cfg.shuffle_buffer_size}
+    resumed: dict[str, Any] | None = None
+    checkpoint = ""
+    if cfg.resume_from_checkpoint is not None:
+        with user_errors():
+            choice: list[Any] = [None, None]
+            if is_main:
+                try:
+                    choice[0] = choose_checkpoint(cfg.resume_from_checkpoint, cfg.output_dir, say)
+                except ValueError as error:
+                    choice[1] = str(error)
+            broadcast_object_list(choice)
+            if choice[1] is not None:
+                raise ValueError(choice[1])
+            if choice[0] is not None:
+                checkpoint = choice[0]
+                resumed = read_state(checkpoint)
+                changed = differences(resumed["position"], position)
+                if changed and not cfg.allow_changed_data:
+                    raise ValueError(
+                        f"{checkpoint} was saved by another run, so its position means nothing here: "
+                        f"{'; '.join(changed)}. Put that back, or go on regardless with --allow_changed_data"
+                    )
+                if is_deepspeed and resumed["num_processes"] != world:
+                    raise ValueError(
+                        f"{checkpoint} was saved by {resumed['num_processes']} processes: DeepSpeed goes on with as many"
+                    )
+                for change in [*changed, *differences(resumed["settings"], settings_of(cfg))]:
+                    say(f"note: changed since {os.path.basename(checkpoint)}: {change}")
+        if resumed is None:
+            say("note: no checkpoint to go on from; this run starts afresh")
+
+    # ---- streams; what local rows there are is known already
+    if cfg.streaming:
+        from bge_accel.streaming import RowStream
+
+        states = None
+        if resumed is not None and not differences(resumed["position"], position):
+            states = resumed["streams"][rank]
+        with user_errors():
+            for number, feed in enumerate(feeds):
+                feed.stream = RowStream(
+                    feed.source.path,
+                    seed=cfg.seed,
+                    rank=rank,
+                    num_ranks=world,
+                    buffer_size=cfg.shuffle_buffer_size,
+                    need_scores=cfg.knowledge_distillation,
+                    state=states[number] if states else None,
+                )
+
     # ---- tokenizer and model
     with user_errors():
         query_prefix = instruction_prefix(cfg.query_instruction_for_retrieval, cfg.query_instruction_format)
         passage_prefix = instruction_prefix(cfg.passage_instruction_for_retrieval, cfg.passage_instruction_format)
         encoder, tokenizer, settings = load_encoder(
-            cfg.model_name_or_path,
+            checkpoint or cfg.model_name_or_path,
             pooling=cfg.sentence_pooling_method,
             normalize=cfg.normalize_embeddings,
             query_prefix=query_prefix,
             passage_prefix=passage_prefix,
-            config_name=cfg.config_name,
-            tokenizer_name=cfg.tokenizer_name,
+            config_name=None if checkpoint else cfg.config_name,
+            tokenizer_name=None if checkpoint else cfg.tokenizer_name,
             trust_remote_code=cfg.trust_remote_code,
             longest=max(cfg.query_max_len, cfg.passage_max_len),
             cache_dir=cfg.cache_dir,
@@ -308,48 +566,76 @@ def main(cfg: Config) -> None:
         enable_gradient_checkpointing(encoder.backbone)
     encoder.train()
 
+    for feed in feeds:
+        own = instruction_prefix(feed.source.query_instruction_for_retrieval, cfg.query_instruction_format)
+        feed.query_prefix = settings.query_prefix if own is None else own
+        own = instruction_prefix(feed.source.passage_instruction_for_retrieval, cfg.passage_instruction_format)
+        feed.passage_prefix = settings.passage_prefix if own is None else own
+        if feed.rows:
+            feed.order = RowOrder(len(feed.rows), cfg.seed)
+
     # ---- batches: a pure function of (seed, batch index), prepared in a background thread
-    per_batch = cfg.per_device_train_batch_size * world
-    total_rows = math.ceil(cfg.num_train_epochs * len(rows))
+    schedule = SourceSchedule(shares, cfg.seed)
+    per_batch = world * sum(share * feed.batch_size for feed, share in zip(feeds, shares.tolist(), strict=True))
+    total_rows = math.ceil(sum(feed.epochs * len(feed.rows) for feed in feeds if feed.rows))
     if cfg.max_steps > 0:  # the loop goes on until so many steps are taken
         num_batches = cfg.max_steps * cfg.gradient_accumulation_steps
     elif cfg.dataloader_drop_last:
-        num_batches = total_rows // (per_batch * cfg.gradient_accumulation_steps) * cfg.gradient_accumulation_steps
+        per_step = per_batch * cfg.gradient_accumulation_steps
+        num_batches = math.floor(total_rows / per_step) * cfg.gradient_accumulation_steps
     else:
         num_batches = math.ceil(total_rows / per_batch)
     with user_errors():
         if num_batches == 0:
             raise ValueError(
-                f"{len(rows)} rows x {cfg.num_train_epochs:g} epochs do not fill one step of {per_batch} queries x "
+                f"{num_rows} rows x {cfg.num_train_epochs:g} epochs do not fill one step of {per_batch:g} queries x "
                 f"{cfg.gradient_accumulation_steps}; lower --per_device_train_batch_size or leave out "
                 "--dataloader_drop_last"
             )
     num_steps = math.ceil(num_batches / cfg.gradient_accumulation_steps)
-    end_of_data = None if cfg.max_steps > 0 or cfg.dataloader_drop_last else total_rows
+    has_end = cfg.max_steps < 1 and not cfg.dataloader_drop_last and (cfg.mix_sources or len(feeds) == 1)
+    end_of_data = total_rows if has_end else None
+    max_tokens = cfg.max_tokens_per_micro_batch or default_token_budget(
+        device,
+        encoder.config,
+        bytes_per_value=4 if accelerator.mixed_precision == "no" else 2,
+        checkpointing=cfg.gradient_checkpointing,
+    )
 
-    def row_query_prefix(prompt: str | None) -> str:
+    def query_prefix(feed: Feed, prompt: str | None) -> str:
         own = instruction_prefix(prompt, cfg.query_instruction_format)
-        return settings.query_prefix if own is None else own
+        return feed.query_prefix if own is None else own
 
-    def batches() -> Iterator[Batch]:
-        order = RowOrder(len(rows), cfg.seed)
-        for index in itertools.count() if cfg.max_steps > 0 else range(num_batches):
-            examples = []
-            for position in batch_positions(index, cfg.per_device_train_batch_size, world, rank, end_of_data):
-                epoch, row = order[position]
+    def batches(first: int) -> Iterator[Batch]:
+        for index in itertools.count(first) if cfg.max_steps > 0 else range(first, num_batches):
+            source, turn = (0, index) if cfg.mix_sources else schedule[index]
+            lead = feeds[source]
+            examples, sources = [], []
+            for place in batch_positions(turn, lead.batch_size, world, rank, end_of_data):
+                if cfg.mix_sources:
+                    source, place = schedule[place]
+                feed = feeds[source]
+                if feed.stream is not None:
+                    rows, row, epoch, key = feed.stream.take(1)[0]
+                else:
+                    assert feed.rows is not None and feed.order is not None
+                    rows, (epoch, row) = feed.rows, feed.order[place]
+                    key = row
                 examples.append(
                     draw_example(
                         rows,
                         row,
                         epoch,
+                        key=key,
                         seed=cfg.seed,
-                        group_size=cfg.train_group_size,
-                        query_prefix=row_query_prefix,
-                        passage_prefix=settings.passage_prefix,
+                        group_size=feed.group_size,
+                        query_prefix=partial(query_prefix, feed),
+                        passage_prefix=feed.passage_prefix,
                         shuffle_ratio=cfg.shuffle_ratio,
                         teacher_scores=cfg.knowledge_distillation,
                     )
                 )
+                sources.append(source)
             token_ids = tokenize(tokenizer, [example.query for example in examples], cfg.query_max_len)
             passages = [text for example in examples for text in example.passages]
             token_ids += tokenize(tokenizer, passages, cfg.passage_max_len)
@@ -357,10 +643,18 @@ def main(cfg: Config) -> None:
                 token_ids,
                 pad_token_id=tokenizer.pad_token_id,
                 padding_side=tokenizer.padding_side,
-                max_tokens=cfg.max_tokens_per_micro_batch or default_token_budget(device),
+                max_tokens=max_tokens,
                 pad_to_multiple_of=cfg.pad_to_multiple_of,
             )
-            yield Batch(examples, tokens)
+            streams = [feed.stream for feed in feeds if feed.stream is not None]
+            yield Batch(
+                examples,
+                sources,
+                lead,
+                tokens,
+                [stream.state_dict() for stream in streams],
+                [stream.epochs_done for stream in streams],
+            )
 
     # ---- optimiser and schedule; the schedule counts optimiser steps, whatever the number of processes
     trained = [p for p in encoder.parameters() if p.requires_grad]
@@ -393,10 +687,55 @@ def main(cfg: Config) -> None:
         num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
         activations = ActivationBudget(automatic_activation_bytes(device, num_parameters))
 
+    # ---- go on where the checkpoint stood
+    step, skipped, saved_epoch, first_batch = 0, 0, 0, 0
+    if resumed is not None:
+        step, skipped, saved_epoch = resumed["step"], resumed["skipped"], resumed["saved_epoch"]
+        first_batch = resumed["batches"]
+        # The rate is a function of the step alone, by the present flags.
+        rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        scheduler.load_state_dict(
+            {**scheduler.state_dict(), "last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+        )
+        if engine is not None:
+            engine.load_checkpoint(os.path.join(checkpoint, STATE), tag="deepspeed")
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
+        else:
+            tensors = load_file(os.path.join(checkpoint, STATE, "optimizer.safetensors"))
+            with user_errors():
+                load_optimizer_tensors(encoder, optimizer, tensors, rates)
+        if accelerator.scaler is not None and resumed["scaler"] is not None:
+            accelerator.scaler.load_state_dict(resumed["scaler"])
+        # As many graphs are kept as before: the order in which gradients are summed decides their last bits.
+        if resumed["num_processes"] == world and cfg.activation_memory_budget == resumed["settings"].get(
+            "activation_memory_budget"
+        ):
+            activations.bytes_per_token = resumed["bytes_per_token"]
+            activations.max_bytes = resumed["activation_bytes"] if on_cpu else activations.max_bytes
+        if resumed["num_processes"] == world:
+            set_random_state(resumed["random"][rank], device)
+        else:
+            set_seed(cfg.seed + step, device_specific=True)
+
     # ---- from here on files are written
+    accelerator.wait_for_everyone()
+    with user_errors():
+        later = [path for at, path in find_checkpoints(cfg.output_dir) if at > step]
+        if later and cfg.resume_from_checkpoint != "latest" and not cfg.overwrite_output_dir:
+            raise ValueError(
+                f"--output_dir holds {os.path.basename(later[0])}, later than where this run begins; move it away, or "
+                "have it removed by --overwrite_output_dir"
+            )
     accelerator.wait_for_everyone()
     if is_main:
         os.makedirs(cfg.output_dir, exist_ok=True)
+        remove_leftovers(cfg.output_dir)
+        for path in later if cfg.resume_from_checkpoint != "latest" else ():
+            say(f"note: {path}, of an earlier run, is removed")
+            remove_checkpoint(path)
+        if os.path.exists(os.path.join(cfg.output_dir, REQUEUE)):
+            os.remove(os.path.join(cfg.output_dir, REQUEUE))
         with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
             file.write(to_yaml(without_secrets(cfg)))
     trackers = cfg.report_to != ["none"]
@@ -407,26 +746,41 @@ def main(cfg: Config) -> None:
             for key, value in asdict(without_secrets(cfg)).items()
         }
         accelerator.init_trackers("bge_accel", config=flat, init_kwargs=names)
-    log_file = open(os.path.join(cfg.output_dir, "train_log.jsonl"), "w", encoding="utf-8") if is_main else None
+    log_file = None
+    if is_main:
+        path = os.path.join(cfg.output_dir, "train_log.jsonl")
+        kept = []
+        if resumed is not None and os.path.exists(path):  # what was logged after the checkpoint comes again
+            with open(path, encoding="utf-8") as file:
+                lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        with open(f"{path}.part", "w", encoding="utf-8") as file:
+            file.writelines(kept)
+        os.replace(f"{path}.part", path)
+        log_file = open(path, "a", encoding="utf-8")
 
-    shared = world if cfg.negatives_cross_device else 1
-    met = (
-        cfg.per_device_train_batch_size * shared * cfg.train_group_size - 1
-        if cfg.use_inbatch_neg
-        else (cfg.train_group_size - 1)
-    )
+    amount = "rows from streams" if cfg.streaming else f"{num_rows:,} rows"
+    epochs = "" if cfg.streaming else f" ({num_batches * per_batch / num_rows:.2f} epochs)"
     say(
-        f"{len(rows):,} rows, {num_steps:,} steps ({num_batches * per_batch / len(rows):.2f} epochs), global batch "
-        f"{per_batch * cfg.gradient_accumulation_steps} queries ({world} process(es) x "
-        f"{cfg.per_device_train_batch_size} x {cfg.gradient_accumulation_steps} accumulated); each query meets {met} "
-        f"negatives; {settings.pooling} pooling, {'' if settings.normalize else 'not '}normalised, temperature "
-        f"{temperature:g}; {accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'} on "
-        f"{device.type}; query instruction {shorten(settings.query_prefix)}"
+        f"{amount}, {num_steps:,} steps{epochs}, global batch {per_batch * cfg.gradient_accumulation_steps:g} queries "
+        f"({world} process(es) x {per_batch / world:g} x {cfg.gradient_accumulation_steps} accumulated); each query meets "
+        f"{negatives_met(cfg, feeds[0], world)} negatives; {settings.pooling} pooling, "
+        f"{'' if settings.normalize else 'not '}normalised, temperature {temperature:g}; "
+        f"{accelerator.mixed_precision if accelerator.mixed_precision != 'no' else 'float32'} on {device.type}; query "
+        f"instruction {shorten(settings.query_prefix)}"
     )
+    for feed, share in zip(feeds if len(feeds) > 1 else (), shares.tolist(), strict=False):
+        say(
+            f"  {share:.1%} {feed.source.name}: {f'{len(feed.rows):,} rows' if feed.rows else 'a stream'}, {feed.batch_size} "
+            f"queries a process, each meets {negatives_met(cfg, feed, world)} negatives; query instruction "
+            f"{shorten(feed.query_prefix)}"
+        )
+    if resumed is not None:
+        say(f"going on after step {step:,} of {checkpoint}")
     if cfg.negatives_cross_device and world == 1:
         say("note: --negatives_cross_device has no effect on one process")
-    if cfg.cache_path is not None:
-        say("note: --cache_path has no effect: rows are read directly, no cache is written")
+    if cfg.streaming and cfg.cache_path is not None:
+        say("note: --cache_path has no effect on streams: nothing of them is kept")
     if rows_without_negatives:
         say(f"note: {rows_without_negatives:,} rows have no negatives; theirs are drawn from other rows' passages")
     if cfg.use_inbatch_neg and any("no_in_batch_neg" in os.path.abspath(path) for path in cfg.train_data):
@@ -440,32 +794,79 @@ def main(cfg: Config) -> None:
             "note: optimiser, schedule, accumulation, clipping and batch size come from the flags, not DeepSpeed's file"
         )
 
-    checkpoints: list[str] = []
+    def save_checkpoint(step: int, num_batches: int, streams: list[dict]) -> None:
+        """The model and the state of training as a folder `checkpoint-STEP`; all processes take part."""
+        weights = whole_state_dict(accelerator, model) if is_sharded else None
+        tensors = optimizer_tensors(encoder, optimizer) if not is_deepspeed and (is_main or is_sharded) else {}
+        state = {
+            "step": step,
+            "batches": num_batches,
+            "skipped": skipped,
+            "saved_epoch": saved_epoch,
+            "num_processes": world,
+            "position": position,
+            "settings": settings_of(cfg),
+            "scaler": accelerator.scaler.state_dict() if accelerator.scaler is not None else None,
+            "activation_bytes": activations.max_bytes,
+            "bytes_per_token": activations.bytes_per_token,
+            "random": gather_object([random_state(device)]),
+            "streams": gather_object([streams]),
+        }
+        path = os.path.join(cfg.output_dir, f"checkpoint-{step}")
+        with atomic_folder(path) if is_main else nullcontext(f"{path}.incomplete") as folder:
+            accelerator.wait_for_everyone()  # the folder is there
+            if engine is not None:
+                engine.save_checkpoint(os.path.join(folder, STATE), tag="deepspeed")
+            if is_main:
+                save_encoder(
+                    folder,
+                    encoder,
+                    tokenizer,
+                    settings,
+                    state_dict=weights,
+                    model_card=model_card(cfg, settings, num_rows, step),
+                )
+                write_state(folder, state, tensors)
+                with open(os.path.join(folder, STATE, "run_config.yaml"), "w", encoding="utf-8") as file:
+                    file.write(to_yaml(without_secrets(cfg)))
+            accelerator.wait_for_everyone()
+            if is_main:
+                write_manifest(folder)
+        if is_main and cfg.save_total_limit is not None:
+            earlier = [path for at, path in find_checkpoints(cfg.output_dir) if at < step]
+            for path in earlier[: max(len(earlier) - cfg.save_total_limit + 1, 0)]:
+                remove_checkpoint(path)
+        accelerator.wait_for_everyone()
 
-    def save(step: int, is_end: bool = False) -> None:
-        """The model as a folder `checkpoint-STEP`, or at the end in `output_dir` itself."""
+    def save_model(step: int) -> None:
+        """The trained model, into `output_dir` itself."""
         weights = whole_state_dict(accelerator, model) if is_sharded else None
         if is_main:
-            card = model_card(cfg, settings, len(rows), step)
-            if not is_end:
-                with atomic_folder(os.path.join(cfg.output_dir, f"checkpoint-{step}")) as folder:
-                    save_encoder(folder, encoder, tokenizer, settings, state_dict=weights, model_card=card)
-                checkpoints.append(os.path.join(cfg.output_dir, f"checkpoint-{step}"))
-                if cfg.save_total_limit is not None and len(checkpoints) > cfg.save_total_limit:
-                    shutil.rmtree(checkpoints.pop(0))
-            else:
-                aside = os.path.join(cfg.output_dir, ".incomplete")
-                shutil.rmtree(aside, ignore_errors=True)
-                save_encoder(aside, encoder, tokenizer, settings, state_dict=weights, model_card=card)
-                flush_tree(aside)
-                move_into(aside, cfg.output_dir)
+            aside = os.path.join(cfg.output_dir, ".incomplete")
+            shutil.rmtree(aside, ignore_errors=True)
+            save_encoder(
+                aside,
+                encoder,
+                tokenizer,
+                settings,
+                state_dict=weights,
+                model_card=model_card(cfg, settings, num_rows, step),
+            )
+            flush_tree(aside)
+            move_into(aside, cfg.output_dir)
         accelerator.wait_for_everyone()
 
     # ---- the loop
-    bar = tqdm(total=num_steps, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
-    step, skipped, saved_epoch, window = 0, 0, 0, Window()
-    for index, batch in enumerate(prefetch(batches())):
-        num_queries, tokens = len(batch.examples), batch.tokens
+    bar = tqdm(total=num_steps, initial=step, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
+    window, stopped = Window(len(feeds)), False
+    for index, batch in enumerate(prefetch(batches(first_batch)) if step < num_steps else (), start=first_batch):
+        if cfg.stopping_strategy != "repeat":
+            first = cfg.stopping_strategy == "first_exhausted"
+            ended = int((max if first else min)(batch.passes) > 0)
+            if largest(ended, device) if first else -largest(-ended, device):
+                say(f"the streams end after {step:,} steps (--stopping_strategy {cfg.stopping_strategy})")
+                break
+        feed, num_queries, tokens = batch.feed, len(batch.examples), batch.tokens
         if is_sharded:
             tokens = split_micro_batches(tokens, largest(len(tokens.micro_batches), device))
         in_step = index % cfg.gradient_accumulation_steps
@@ -474,11 +875,13 @@ def main(cfg: Config) -> None:
             accumulated = min(accumulated, num_batches - (index - in_step))
         last = in_step == accumulated - 1
 
-        def loss_fn(emb: torch.Tensor, batch: Batch = batch, num_queries: int = num_queries) -> tuple[Any, Any]:
+        def loss_fn(
+            emb: torch.Tensor, batch: Batch = batch, feed: Feed = feed, num_queries: int = num_queries
+        ) -> tuple[Any, Any]:
             q_emb, p_emb = emb[:num_queries], emb[num_queries:]
             passage_ids = torch.tensor([i for example in batch.examples for i in example.passage_ids], device=device)
             first_query = 0
-            if cfg.negatives_cross_device:
+            if cfg.negatives_cross_device and feed.in_batch_negatives:
                 p_emb, passage_ids = gather_with_grad(p_emb), gather(passage_ids)
                 first_query = rank * num_queries
             masked = None
@@ -486,10 +889,13 @@ def main(cfg: Config) -> None:
                 pairs = known_positive_pairs(
                     [example.known_ids for example in batch.examples],
                     passage_ids.cpu().numpy(),
-                    group_size=cfg.train_group_size,
+                    group_size=feed.group_size,
                     first_query=first_query,
                 )
                 masked = torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)
+                if not feed.in_batch_negatives:  # other groups' passages are not met anyway
+                    own = masked[1] // feed.group_size == masked[0]
+                    masked = masked[0][own], masked[1][own]
             teacher = None
             if cfg.knowledge_distillation:
                 teacher = torch.tensor(
@@ -499,9 +905,9 @@ def main(cfg: Config) -> None:
                 q_emb,
                 p_emb,
                 temperature=temperature,
-                group_size=cfg.train_group_size,
+                group_size=feed.group_size,
                 first_query=first_query,
-                in_batch_negatives=cfg.use_inbatch_neg,
+                in_batch_negatives=feed.in_batch_negatives,
                 masked=masked,
                 teacher_scores=teacher,
             )
@@ -523,12 +929,12 @@ def main(cfg: Config) -> None:
             last=last,
         )
         if not math.isfinite(output.loss.item()):
-            places = ", ".join(rows.place(example.row) for example in batch.examples)
+            places = ", ".join(example.rows.place(example.row) for example in batch.examples)
             raise RuntimeError(
                 f"step {step + 1}: the loss is {output.loss.item()} on the rows {places}; lower --learning_rate, or "
                 "look at these rows"
             )
-        window.add(output, num_masked, num_queries, batch.tokens)
+        window.add(output, num_masked, batch)
         if not last:
             continue
 
@@ -552,42 +958,87 @@ def main(cfg: Config) -> None:
         else:  # float16 overflowed; the loss scale is lowered, and neither the step nor the schedule moves
             skipped += 1
         is_end = step == num_steps or (cfg.max_steps < 1 and index == num_batches - 1)
-        if skips and not is_end:
+        stopped = bool(largest(int(stop.received is not None), device)) and not is_end
+        if skips and not is_end and not stopped:
             continue
+        epoch = max(batch.passes) if cfg.streaming else (index + 1) * per_batch / num_rows
         if step % cfg.logging_steps == 0 or is_end or (step == 1 and cfg.logging_first_step):
             record = {
                 "step": step,
-                "epoch": round((index + 1) * per_batch / len(rows), 4),
-                **window.summary(accelerator),
+                "epoch": round(epoch, 4),
+                **window.summary(accelerator, [feed.source.name for feed in feeds]),
                 "learning_rate": rate,
                 "grad_norm": whole(norm),
                 "memory_gb": peak_memory_gb(device),
                 "skipped_steps": skipped,
             }
-            window = Window()
+            window = Window(len(feeds))
             say(log_line(record, num_steps))
             if log_file is not None:
                 log_file.write(json.dumps(record) + "\n")
                 log_file.flush()
             if trackers:
-                accelerator.log({key: value for key, value in record.items() if key != "step"}, step=step)
-        epoch_done = (index + 1) * per_batch // len(rows)
+                figures = {key: value for key, value in record.items() if key not in ("step", "sources")}
+                for name, of_source in record.get("sources", {}).items():
+                    figures |= {f"{key}/{name}": value for key, value in of_source.items()}
+                accelerator.log(figures, step=step)
+        epoch_done = int(epoch)
         due = (cfg.save_strategy == "steps" and step % cfg.save_steps == 0) or (
             cfg.save_strategy == "epoch" and epoch_done > saved_epoch
         )
-        if due and not is_end:
-            save(step)
+        if (due and not is_end) or stopped:
             saved_epoch = epoch_done
-        if is_end:
+            with saving_errors(step):
+                save_checkpoint(step, index + 1, batch.streams)
+        if is_end or stopped:
             break
     bar.close()
 
     # ---- save
-    save(step, is_end=True)
+    if stopped:
+        if is_main:
+            with open(os.path.join(cfg.output_dir, REQUEUE), "w", encoding="utf-8") as file:
+                file.write(f"stopped after step {step}\n")
+        why = stop.received or "a signal to another process"
+        say(f"stopped by {why}: checkpoint-{step} is saved; go on with --resume_from_checkpoint latest")
+    else:
+        with saving_errors(step):
+            save_model(step)
+        say(f"saved {cfg.output_dir}")
     if log_file is not None:
         log_file.close()
-    say(f"saved {cfg.output_dir}")
     accelerator.end_training()
+
+
+@contextmanager
+def saving_errors(step: int) -> Iterator[None]:
+    """Ends the program with one clear message where a folder cannot be written."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        raise SystemExit(
+            f"finetune.py: error: saving after step {step} failed: {error}; earlier checkpoints are untouched. Make room, "
+            "then go on with --resume_from_checkpoint latest"
+        ) from None
+
+
+def settings_of(cfg: Config) -> dict[str, Any]:
+    """What is learnt and how: the settings whose change since a checkpoint is worth a word."""
+    left_out = (
+        "train_data output_dir cache_path token overwrite_output_dir resume_from_checkpoint allow_changed_data seed "
+        "per_device_train_batch_size gradient_accumulation_steps mix_sources shuffle_buffer_size save_steps "
+        "save_strategy save_total_limit logging_steps logging_first_step report_to run_name disable_tqdm"
+    ).split()
+    return {key: value for key, value in asdict(cfg).items() if key not in left_out}
+
+
+def negatives_met(cfg: Config, feed: Feed, world: int) -> int:
+    """With how many other passages a query is compared."""
+    if not feed.in_batch_negatives:
+        return feed.group_size - 1
+    return feed.batch_size * (world if cfg.negatives_cross_device else 1) * feed.group_size - 1
 
 
 class Precision(NamedTuple):
@@ -618,12 +1069,18 @@ def whole(norm: Any) -> float | None:
 class Window:
     """What happened since the last log line, on this process."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_sources: int) -> None:
         self.start = time.perf_counter()
+        self.of_sources = np.zeros((num_sources, 3))
+        """Queries, sum of their losses, and how many have their positive first."""
         self.sums = dict.fromkeys(("batches", "loss", "accuracy", "positive", "negative", "masked"), 0.0)
         self.counts = dict.fromkeys(("queries", "tokens", "padding"), 0)
 
-    def add(self, output: Any, num_masked: int, num_queries: int, tokens: "TokenBatch") -> None:
+    def add(self, output: Any, num_masked: int, batch: Batch) -> None:
+        tokens, num_queries = batch.tokens, len(batch.examples)
+        if len(self.of_sources) > 1:
+            figures = np.stack([np.ones(num_queries), output.query_losses.cpu(), output.query_correct.cpu()], axis=1)
+            np.add.at(self.of_sources, batch.sources, figures)
         figures = output.loss, output.accuracy, output.positive_similarity, output.hardest_negative_similarity
         values = [1, *(figure.item() for figure in figures), num_masked]
         for name, value in zip(self.sums, values, strict=True):
@@ -631,13 +1088,19 @@ class Window:
         for name, count in zip(self.counts, (num_queries, tokens.num_tokens, tokens.num_padding), strict=True):
             self.counts[name] += count
 
-    def summary(self, accelerator: Any) -> dict[str, float]:
-        """Means and rates over all processes."""
+    def summary(self, accelerator: Any, names: list[str]) -> dict[str, Any]:
+        """Means and rates over all processes; where there are several sources, also of each that occurred."""
         import torch
 
-        values = torch.tensor([*self.sums.values(), *self.counts.values()], dtype=torch.float32)
-        values = accelerator.reduce(values.to(accelerator.device), reduction="sum").tolist()
-        batches, loss, accuracy, positive, negative, masked, queries, tokens, padding = values
+        local = [*self.sums.values(), *self.counts.values(), *self.of_sources.ravel()]
+        reduced = torch.tensor(local, dtype=torch.float32).to(accelerator.device)
+        values = accelerator.reduce(reduced, reduction="sum").tolist()
+        batches, loss, accuracy, positive, negative, masked, queries, tokens, padding = values[:9]
+        of_sources = {
+            name: {"loss": total / count, "accuracy": correct / count, "queries": count}
+            for name, (count, total, correct) in zip(names, np.reshape(values[9:], (-1, 3)).tolist(), strict=True)
+            if count
+        }
         seconds = time.perf_counter() - self.start
         return {
             "loss": loss / batches,
@@ -648,6 +1111,7 @@ class Window:
             "queries_per_second": queries / seconds,
             "tokens_per_second": tokens / seconds,
             "padding": padding / (tokens + padding),
+            **({"sources": of_sources} if len(names) > 1 else {}),
         }
 
 
@@ -659,6 +1123,10 @@ def log_line(record: dict[str, Any], num_steps: int) -> str:
         f"padding {record['padding']:.1%}  masked {record['masked_per_query']:.2f}/query  "
         f"memory {record['memory_gb']:.1f} GB"
         + (f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else "")
+        + "".join(
+            f"\n    {name}: loss {figures['loss']:.4f}  accuracy {figures['accuracy']:.3f}"
+            for name, figures in record.get("sources", {}).items()
+        )
     )
 
 

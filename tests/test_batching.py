@@ -12,6 +12,7 @@ from bge_accel.batching import (
     plan_micro_batches,
     split_micro_batches,
     tokenize,
+    tokens_that_fit,
 )
 
 
@@ -151,6 +152,18 @@ def test_tokenize_cuts_with_special_tokens_included(tiny_model):
 
 def test_a_gpu_gets_larger_batches_than_a_cpu():
     assert 0 < default_token_budget(torch.device("cpu")) < default_token_budget(torch.device("cuda"))
+
+
+def test_a_large_model_gets_smaller_micro_batches():
+    from transformers import BertConfig
+
+    small = BertConfig(hidden_size=384, num_hidden_layers=12)
+    large = BertConfig(hidden_size=4096, num_hidden_layers=32)
+    assert tokens_that_fit(10e9, small, bytes_per_value=4, checkpointing=False) == 8192
+    fitting = tokens_that_fit(10e9, large, bytes_per_value=2, checkpointing=False)
+    assert fitting % 256 == 0 and 0.8 * 10e9 < fitting * 34 * 4096 * 32 < 10e9
+    assert tokens_that_fit(10e9, large, bytes_per_value=2, checkpointing=True) == 8192
+    assert tokens_that_fit(1e8, large, bytes_per_value=4, checkpointing=False) == 512
 
 
 def test_splitting_reaches_the_count_and_keeps_every_text_in_its_place() -> None:

@@ -13,18 +13,9 @@ from itertools import chain
 import pytest
 from backports import zstd
 
-from bge_accel.data import (
-    Faults,
-    RowOrder,
-    TrainingRows,
-    batch_positions,
-    check_training_row,
-    draw_example,
-    find_files,
-    read_json_rows,
-    shorten,
-    text_id,
-)
+from bge_accel.data import RowOrder, batch_positions, draw_example
+from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten, text_id
+from bge_accel.rows import TrainingRows
 
 GOOD = {"query": "who", "pos": ["king"], "neg": ["queen", "jack"]}
 
@@ -42,6 +33,10 @@ def write(tmp_path):
         return str(path)
 
     return write
+
+
+def places(rows):
+    return [rows.place(index) for index in range(len(rows))]
 
 
 def message_of(paths, **kwargs):
@@ -234,19 +229,19 @@ def formats(rows):
 def test_every_format_gives_the_same_rows_and_places(write, name):
     path = write(name, formats(ROWS)[name])
     rows = TrainingRows([path])
-    assert rows.rows == ROWS
+    assert list(rows) == ROWS
     assert [rows.place(index) for index in (0, 1, 1999)] == [f"{path}:1", f"{path}:2", f"{path}:2000"]
 
 
 def test_blank_lines_are_skipped_but_counted(write):
     path = write("a.jsonl", b"\n" + lines(ROWS[:1]) + b"  \n\n" + lines(ROWS[1:2]))
     rows = TrainingRows([path])
-    assert rows.rows == ROWS[:2] and [rows.place(0), rows.place(1)] == [f"{path}:2", f"{path}:5"]
+    assert list(rows) == ROWS[:2] and [rows.place(0), rows.place(1)] == [f"{path}:2", f"{path}:5"]
 
 
 def test_rows_are_read_one_at_a_time(write):
     faults = Faults()
-    reader = read_json_rows(write("a.jsonl", lines(ROWS[:3]) + b"broken"), faults)
+    reader = read_rows(write("a.jsonl", lines(ROWS[:3]) + b"broken"), faults)
     assert [next(reader)[1:] for _ in range(3)] == [(number + 1, ROWS[number]) for number in range(3)]
     assert faults.count == 0 and list(reader) == [] and faults.count == 1
 
@@ -256,9 +251,9 @@ def test_folders_and_globs_are_read_in_the_order_of_names(write, tmp_path):
         content = lines(ROWS[number : number + 1])
         write(name, gzip.compress(content) if name.endswith("gz") else content)
     folder = str(tmp_path / "d")
-    assert TrainingRows([folder]).rows == [ROWS[1], ROWS[0], ROWS[2]]
-    assert TrainingRows([f"{folder}/*.jsonl", str(tmp_path / "e.jsonl")]).rows == [ROWS[0], ROWS[5]]
-    assert TrainingRows([f"{tmp_path}/[de]*"]).rows == [ROWS[1], ROWS[0], ROWS[2], ROWS[5]]
+    assert list(TrainingRows([folder])) == [ROWS[1], ROWS[0], ROWS[2]]
+    assert list(TrainingRows([f"{folder}/*.jsonl", str(tmp_path / "e.jsonl")])) == [ROWS[0], ROWS[5]]
+    assert list(TrainingRows([f"{tmp_path}/[de]*"])) == [ROWS[1], ROWS[0], ROWS[2], ROWS[5]]
     faults = Faults()
     assert find_files([str(tmp_path / "e.jsonl"), folder], faults)[0].endswith("e.jsonl") and not faults.count
 
@@ -270,7 +265,9 @@ def test_rows_as_flag_embedding_has_them(write):
          "pos_id": [1], "neg_id": [2, 3, 4]},
         {"query": "A woman", "pos": ["She", "A lady"], "neg": [], "type": "symmetric_class"},
     ]  # fmt: skip
-    assert TrainingRows([write("toy.jsonl", toy)]).rows == toy
+    used = {"query", "pos", "neg", "pos_scores", "neg_scores", "prompt"}  # other keys are left aside
+    kept = [{key: value for key, value in row.items() if key in used} for row in toy]
+    assert list(TrainingRows([write("toy.jsonl", toy)])) == kept
 
 
 @pytest.mark.parametrize(
@@ -299,18 +296,18 @@ def test_scores_are_demanded_for_distillation(write, row, passes):
 def test_a_large_file_is_cut_to_a_sample_in_order(write):
     large, small = write("large.jsonl", ROWS), write("small.jsonl", ROWS[:5])
     rows = TrainingRows([large, small], max_rows_per_file=50, seed=3)
-    assert rows.rows[50:] == ROWS[:5] and len(rows) == 55
-    chosen = [line for path, line in rows.places if path == large]
-    assert chosen == sorted(set(chosen)) and rows.rows[:50] == [ROWS[line - 1] for line in chosen]
+    assert list(rows)[50:] == ROWS[:5] and len(rows) == 55
+    chosen = [int(place.rpartition(":")[2]) for place in places(rows)[:50]]
+    assert chosen == sorted(set(chosen)) and list(rows)[:50] == [ROWS[line - 1] for line in chosen]
     assert min(chosen) < 400 and max(chosen) > 1600  # from all over the file
-    assert rows.places == TrainingRows([large, small], max_rows_per_file=50, seed=3).places
-    assert rows.places != TrainingRows([large, small], max_rows_per_file=50, seed=4).places
+    assert places(rows) == places(TrainingRows([large, small], max_rows_per_file=50, seed=3))
+    assert places(rows) != places(TrainingRows([large, small], max_rows_per_file=50, seed=4))
 
 
 def test_the_sample_depends_on_the_data_not_on_the_folder(write, tmp_path, monkeypatch):
     here, there = write("here/a.jsonl", ROWS), write("there/a.jsonl", ROWS)
     monkeypatch.chdir(tmp_path / "here")
-    samples = [TrainingRows([path], max_rows_per_file=50, seed=3).rows for path in (here, there, "a.jsonl")]
+    samples = [list(TrainingRows([path], max_rows_per_file=50, seed=3)) for path in (here, there, "a.jsonl")]
     assert samples[0] == samples[1] == samples[2]
 
 
@@ -493,11 +490,13 @@ def test_text_ids_tell_texts_apart():
 
 
 def test_ids_and_draws_are_the_same_in_every_process(rows):
-    path = rows.places[0][0]
+    path = rows.files[0].path
     code = f"""
-from bge_accel.data import TrainingRows, draw_example, text_id
+from bge_accel.data import draw_example
+from bge_accel.reading import text_id
+from bge_accel.rows import TrainingRows
 rows = TrainingRows([{path!r}], max_rows_per_file=20, seed=1)
-print([text_id(text) for text in ("", "a", "\\u68c0\\u7d22")], rows.places)
+print([text_id(text) for text in ("", "a", "\\u68c0\\u7d22")], [rows.place(i) for i in range(20)])
 for row in range(20):
     e = draw_example(rows, row, 2, seed=1, group_size=6)
     print(e.query, e.passages, e.passage_ids, sorted(e.known_ids))

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from bge_accel.data import Faults
 from bge_accel.evaluation import (
     choose_cutoffs,
     evaluate_embeddings,
@@ -18,6 +17,7 @@ from bge_accel.evaluation import (
     read_evaluation_data,
     read_qrels,
 )
+from bge_accel.reading import Faults
 from bge_accel.report import comparison_table, metrics_table, moved_into_top
 
 

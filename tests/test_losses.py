@@ -87,8 +87,11 @@ def make_case(group_size, in_batch, masked, first, teacher, dtype, dim=6, temper
 def test_loss_and_figures_equal_plain_loops(group_size, in_batch, masked, first, teacher, dtype, tolerance):
     q_emb, p_emb, arguments = make_case(group_size, in_batch, masked, first, teacher, dtype)
     output = contrastive_loss(q_emb, p_emb, **arguments)
-    assert all(value.dtype == dtype and value.shape == () for value in output)
-    ours = [value.item() for value in output]
+    assert all(value.dtype == dtype and value.shape == () for value in output[:4])
+    ours = [value.item() for value in output[:4]]
+    assert output.query_losses.shape == output.query_correct.shape == (len(q_emb),)
+    assert output.query_losses.mean().item() == pytest.approx(ours[0]) and not output.query_losses.requires_grad
+    assert output.query_correct.double().mean().item() == pytest.approx(ours[1])
     np.testing.assert_allclose(ours, by_loops(q_emb, p_emb, **arguments), rtol=tolerance, atol=tolerance)
 
 
@@ -112,7 +115,7 @@ def test_tiles_change_nothing(group_size, in_batch, masked, first, teacher, max_
     tiled = contrastive_loss(q_emb, p_emb, **arguments, max_scores=max_scores)
     whole = contrastive_loss(q_emb, p_emb, **arguments)
     torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert [value.requires_grad for value in tiled] == [True, False, False, False]
+    assert [value.requires_grad for value in tiled] == [True] + [False] * 5
     for ours, theirs in zip(*(torch.autograd.grad(out.loss * 3, leaves) for out in (tiled, whole)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -184,8 +187,8 @@ def test_half_precision_is_computed_in_float32(dtype, in_batch, autocast, max_sc
     with torch.autocast("cpu", dtype=dtype, enabled=autocast):
         output = contrastive_loss(leaf, p_emb, **arguments)
         low = (leaf @ p_emb.T).float() / 0.02
-    assert [value.dtype for value in output] == [torch.float32] * 4
-    assert [value.item() for value in output] == [value.item() for value in exact]
+    assert [value.dtype for value in output[:4]] == [torch.float32] * 4
+    assert [value.item() for value in output[:4]] == [value.item() for value in exact[:4]]
     assert not torch.equal(low, leaf.float() @ p_emb.float().T / 0.02)  # the precision does matter here
     output.loss.backward()
     assert leaf.grad.dtype == dtype and leaf.grad.isfinite().all() and leaf.grad.any()
@@ -214,7 +217,7 @@ def test_queries_whose_negatives_are_all_masked_stay_out_of_the_hardest():
 def test_figures_carry_no_gradient():
     q_emb, p_emb, arguments = make_case(2, True, True, 0, True, torch.float32)
     output = contrastive_loss(q_emb.requires_grad_(), p_emb, **arguments)
-    assert [value.requires_grad for value in output] == [True, False, False, False]
+    assert [value.requires_grad for value in output] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.03, 0.05, 1.0])

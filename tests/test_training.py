@@ -84,7 +84,12 @@ def test_scaled_loss_scales_the_gradient_and_passes_add_up(tiny_model: str) -> N
     torch.testing.assert_close(summed, 4 * once, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp2", "zero1", "zero2", "zero3"])
+ZERO = ["zero1", "zero2", "zero3"]
+LONG = [pytest.param(f"{mode}-checkpointing", marks=pytest.mark.slow) for mode in ZERO]
+LONG += [pytest.param(f"{mode}-bf16", marks=pytest.mark.slow) for mode in ("zero1", "zero3")]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO, *LONG])
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
     tiny_model: str, tmp_path: Path, mode: str
 ) -> None:

@@ -1,0 +1,284 @@
+"""Checked training rows of any number, in Arrow files that are mapped into memory and never read whole.
+
+A data file is read and checked once. What it holds is then kept as an Arrow file in a cache, found again by the data
+file's path, size and time of change.
+"""
+
+import bisect
+import glob
+import hashlib
+import json
+import os
+import random
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bge_accel.data import draw_other_passage
+from bge_accel.reading import Faults, check_training_row, find_files, read_rows, text_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+FORMAT = 1  # of the cached files; a higher one makes them anew
+ROWS_PER_BATCH = 1000
+TEXT_FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt")
+
+
+def default_cache_folder() -> str:
+    """Where checked rows are kept: `bge_accel/rows` in `XDG_CACHE_HOME`, else in `~/.cache`."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "bge_accel", "rows")
+
+
+class TrainingRows:
+    """Checked training rows with the place each came from; memory does not grow with their number.
+
+    Args:
+        paths: files, globs or folders of rows `{"query", "pos", "neg"}`.
+        max_rows_per_file: a larger file is cut to a random sample of this size, drawn from `seed`.
+        need_scores: every row must carry `pos_scores`, negatives and their `neg_scores`.
+        cache_folder: where the checked rows are kept; by default `default_cache_folder()`.
+
+    Raises:
+        ValueError: anything is wrong with any row of any file; the first ten faults with file and line.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        max_rows_per_file: int | None = None,
+        seed: int = 0,
+        need_scores: bool = False,
+        cache_folder: str | None = None,
+    ) -> None:
+        faults = Faults()
+        self.files: list[RowFile] = []
+        self._chosen: list[np.ndarray | None] = []
+        ends, ids = [0], []
+        for number, path in enumerate(find_files(paths, faults)):
+            file = open_rows(path, cache_folder or default_cache_folder(), faults)
+            if file is None:
+                continue
+            if need_scores:
+                for index in file.without_scores():
+                    what = 'no "pos_scores" or "neg_scores": distillation needs a negative, and all scores'
+                    faults.add(file.place(index), what)
+            chosen = None
+            if max_rows_per_file is not None and len(file) > max_rows_per_file:
+                sample = random.Random(f"{seed}-{number}").sample(range(len(file)), max_rows_per_file)
+                chosen = np.sort(np.array(sample, dtype=np.int64))
+            self.files.append(file)
+            self._chosen.append(chosen)
+            ends.append(ends[-1] + (len(file) if chosen is None else len(chosen)))
+            ids.append(file.query_ids() if chosen is None else file.query_ids()[chosen])
+        if not paths:
+            faults.add("training data", "no file is named")
+        faults.raise_if_any()
+        self._ends = ends
+        # Only queries that occur more than once need to know of other rows' positives.
+        all_ids = np.concatenate(ids)
+        order = np.argsort(all_ids, kind="stable")
+        same = all_ids[order[1:]] == all_ids[order[:-1]]
+        repeated = order[np.concatenate([[False], same]) | np.concatenate([same, [False]])]
+        self._repeated, self._repeated_ids = repeated, all_ids[repeated]
+        self._last: tuple[int, dict[str, Any]] = (-1, {})  # rows are asked for several times in a row
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        if self._last[0] != index:
+            file, inside = self._locate(index)
+            self._last = index, file[inside]
+        return self._last[1]
+
+    def _locate(self, index: int) -> "tuple[RowFile, int]":
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._ends, index) - 1
+        inside, chosen = index - self._ends[number], self._chosen[number]
+        return self.files[number], inside if chosen is None else int(chosen[inside])
+
+    def place(self, index: int) -> str:
+        """Where a row came from, as `file:line`."""
+        file, inside = self._locate(index)
+        return file.place(inside)
+
+    def passages(self, index: int) -> list[str]:
+        """All passages of a row."""
+        row = self[index]
+        return row["pos"] + (row.get("neg") or [])
+
+    def digest(self) -> str:
+        """Of all rows in their order, wherever their files lie."""
+        parts = [(file.digest, None if chosen is None else chosen.tobytes()) for file, chosen in self._parts()]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
+
+    def _parts(self) -> "Iterator[tuple[RowFile, np.ndarray | None]]":
+        return zip(self.files, self._chosen, strict=True)
+
+    def check_negatives(self) -> int:
+        """How many rows have no negatives of their own.
+
+        Raises:
+            ValueError: for one of them the data has no passage that could serve.
+        """
+        starts = iter(self._ends)
+        without: list[int] = []
+        for file, chosen in self._parts():
+            lacking = file.without_negatives()
+            if chosen is not None:
+                lacking = np.flatnonzero(np.isin(chosen, lacking))
+            without += (lacking + next(starts)).tolist()
+        if without and len(self) < 10_000:  # with more, some passage always serves
+            # The row with most positives is the hardest to serve.
+            hardest = max(without, key=lambda index: len(self.known_positives(index)))
+            draw_other_passage(self, hardest, self.known_positives(hardest), lambda: 0.0)
+        return len(without)
+
+    def known_positives(self, index: int) -> set[str]:
+        """The texts known to answer a row's query: its own positives and those of every row with the same query."""
+        row = self[index]
+        known = set(row["pos"])
+        query_id = text_id(row["query"])
+        first, end = np.searchsorted(self._repeated_ids, [query_id, query_id + 1])
+        for other in self._repeated[first:end].tolist():
+            if other != index and (same := self[other])["query"] == row["query"]:
+                known.update(same["pos"])
+        return known
+
+
+class RowFile:
+    """The rows of one data file, from its cached copy."""
+
+    def __init__(self, path: str, arrow: str, digest: str) -> None:
+        import pyarrow as pa
+
+        self.path, self.digest = path, digest
+        table = pa.ipc.open_stream(pa.memory_map(arrow)).read_all()
+        self._batches: list[pa.RecordBatch] = table.to_batches()
+        self._num_rows = table.num_rows
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        batch, inside = divmod(index, ROWS_PER_BATCH)
+        row = self._batches[batch].slice(inside, 1)
+        fields = {name: row.column(name)[0].as_py() for name in TEXT_FIELDS}
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def _column(self, name: str) -> "pa.ChunkedArray":
+        import pyarrow as pa
+
+        return pa.chunked_array([batch.column(name) for batch in self._batches])
+
+    def place(self, index: int) -> str:
+        """Where a row came from, as `file:line`."""
+        batch, inside = divmod(index, ROWS_PER_BATCH)
+        return f"{self.path}:{self._batches[batch].column('line')[inside]}"
+
+    def query_ids(self) -> np.ndarray:
+        """(rows,) `text_id` of each query, int64."""
+        return self._column("query_id").to_numpy()
+
+    def without_negatives(self) -> np.ndarray:
+        """Indices of the rows that have none."""
+        return np.flatnonzero(self._count("neg") == 0)
+
+    def without_scores(self) -> list[int]:
+        """Indices of the rows that lack a teacher's scores of positives or negatives."""
+        lacking = (self._count("pos_scores") == 0) | (self._count("neg_scores") == 0)
+        return np.flatnonzero(lacking).tolist()
+
+    def _count(self, name: str) -> np.ndarray:
+        import pyarrow.compute as pc
+
+        return pc.fill_null(pc.list_value_length(self._column(name)), 0).to_numpy()
+
+
+def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
+    """The rows of one file, checked now or at an earlier reading; None, and `faults`, where something is wrong.
+
+    Several processes may ask for the same file: one reads it, the others wait and open what it left.
+
+    Raises:
+        ValueError: the cache cannot be written.
+    """
+    from filelock import FileLock
+
+    status = os.stat(path)
+    # Copies of earlier states of the same file are of no use any more: they share the first part of the name.
+    stem = os.path.join(cache_folder, _hash(os.path.realpath(path)))
+    name = f"{stem}-{_hash(f'{FORMAT} {status.st_size} {status.st_mtime_ns}')}"
+    try:
+        os.makedirs(cache_folder, exist_ok=True)
+        with FileLock(f"{stem}.lock"):
+            if not os.path.exists(f"{name}.json"):
+                stale = [file for file in glob.glob(f"{glob.escape(stem)}-*") if not file.endswith(".lock")]
+                if not _write_cache(path, name, faults):
+                    return None
+                for file in stale:
+                    os.remove(file)
+    except OSError as error:
+        raise ValueError(
+            f"checked rows cannot be kept in {cache_folder}: {error.strerror or error}; name a folder with space for a "
+            "copy of the data by --cache_path"
+        ) from None
+    with open(f"{name}.json", encoding="utf-8") as note:
+        return RowFile(path, f"{name}.arrow", json.load(note)["digest"])
+
+
+def _hash(text: str) -> str:
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+def _write_cache(path: str, name: str, faults: Faults) -> bool:
+    """Checks every row of a file and writes them beside a note that says the copy is whole; False after a fault."""
+    import pyarrow as pa
+    from tqdm import tqdm
+
+    texts, numbers = pa.list_(pa.large_string()), pa.list_(pa.float64())
+    fields = [pa.large_string(), texts, texts, numbers, numbers, pa.string()]
+    schema = pa.schema([*zip(TEXT_FIELDS, fields, strict=True), ("line", pa.int64()), ("query_id", pa.int64())])
+    digest, before, count = hashlib.blake2b(digest_size=16), faults.count, 0
+    columns: dict[str, list] = {name: [] for name in schema.names}
+    handle, aside = tempfile.mkstemp(dir=os.path.dirname(name), suffix=".part")
+    try:
+        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+
+            def flush() -> None:
+                arrays = [pa.array(columns[field.name], field.type) for field in schema]
+                writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+                for column in columns.values():
+                    column.clear()
+
+            rows = read_rows(path, faults)
+            shown = f"checking {os.path.basename(path)}"
+            for where, line, row in tqdm(rows, desc=shown, unit="row", delay=2, unit_scale=True, leave=False):
+                for what in check_training_row(row):
+                    faults.add(where, what)
+                if faults.count > before:
+                    continue
+                values = [row.get(field) for field in TEXT_FIELDS]
+                digest.update(json.dumps(values).encode())
+                for column, value in zip(columns.values(), [*values, line, text_id(row["query"])], strict=True):
+                    column.append(value)
+                count += 1
+                if count % ROWS_PER_BATCH == 0:
+                    flush()
+            if columns["line"]:
+                flush()
+        if faults.count > before:
+            return False
+        os.replace(aside, f"{name}.arrow")
+        with open(aside, "w", encoding="utf-8") as note:
+            json.dump({"path": os.path.realpath(path), "rows": count, "digest": digest.hexdigest()}, note)
+        os.replace(aside, f"{name}.json")
+        return True
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
