@@ -12,10 +12,11 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
+FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt")  # of a training row
 MAX_FAULTS_SHOWN = 10
-_BOM = b"\xef\xbb\xbf"
-_UNREADABLE = object()
-_BROKEN_FILE = ("ZstdError", "ArrowInvalid")  # of libraries that are imported where they are needed
+BOM = b"\xef\xbb\xbf"
+UNREADABLE = object()
+BROKEN_FILE = ("ZstdError", "ArrowInvalid")  # of libraries that are imported where they are needed
 
 
 class Faults:
@@ -92,12 +93,12 @@ def read_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[str, A
             where = f"{path}:{line}"
             if isinstance(value, dict):
                 yield where, line, value
-            elif value is not _UNREADABLE:
+            elif value is not UNREADABLE:
                 kind = "an array" if isinstance(value, list) else "a plain value"
                 faults.add(where, f"{kind} where an object {{...}} is expected: {shorten(value)}")
     except Exception as error:
         # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
-        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ not in _BROKEN_FILE:
+        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ not in BROKEN_FILE:
             raise
         faults.add(path, f"cannot be read: {error}")
         return
@@ -120,7 +121,7 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: str, faults: Faults) -> Iterator[tuple[int, Any]]:
     with open_binary(path) as file:
-        first = file.peek(4096)[:4096].removeprefix(_BOM).lstrip()[:1]  # type: ignore[attr-defined]
+        first = file.peek(4096)[:4096].removeprefix(BOM).lstrip()[:1]  # type: ignore[attr-defined]
         if first == b"[":
             yield from _read_array(path, file.read(), faults)
         else:
@@ -130,19 +131,19 @@ def _read_json(path: str, faults: Faults) -> Iterator[tuple[int, Any]]:
 def _read_lines(path: str, file: Any, faults: Faults) -> Iterator[tuple[int, Any]]:
     for line, raw in enumerate(file, start=1):
         if line == 1:
-            raw = raw.removeprefix(_BOM)
+            raw = raw.removeprefix(BOM)
         if not raw.strip():
             continue
-        yield line, _parse(f"{path}:{line}", raw, faults)
+        yield line, parse_json(f"{path}:{line}", raw, faults)
 
 
 def _read_array(path: str, raw: bytes, faults: Faults) -> Iterator[tuple[int, Any]]:
-    items = _parse(path, raw.removeprefix(_BOM), faults)
+    items = parse_json(path, raw.removeprefix(BOM), faults)
     yield from enumerate(items if isinstance(items, list) else [items], start=1)
 
 
-def _parse(where: str, raw: bytes, faults: Faults) -> Any:
-    """The JSON value in `raw`, or `_UNREADABLE` after a fault."""
+def parse_json(where: str, raw: bytes, faults: Faults) -> Any:
+    """The JSON value in `raw`, or `UNREADABLE` after a fault."""
     try:
         text = raw.decode("utf-8")
         value = json.loads(text)
@@ -156,7 +157,7 @@ def _parse(where: str, raw: bytes, faults: Faults) -> Any:
         faults.add(where, f"{half} is half of a character (a lone surrogate); remove it or write the whole character")
     except (json.JSONDecodeError, RecursionError) as error:
         faults.add(where, f"not JSON ({error}): {shorten(raw[:80].decode('utf-8', 'replace'))}")
-    return _UNREADABLE
+    return UNREADABLE
 
 
 def check_training_row(row: dict[str, Any]) -> list[str]:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_accel.data import draw_other_passage
-from bge_accel.reading import Faults, check_training_row, find_files, read_rows, text_id
+from bge_accel.reading import FIELDS, Faults, check_training_row, find_files, read_rows, text_id
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
 FORMAT = 1  # of the cached files; a higher one makes them anew
 ROWS_PER_BATCH = 1000
-TEXT_FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt")
 
 
 def default_cache_folder() -> str:
@@ -168,7 +167,7 @@ class RowFile:
     def __getitem__(self, index: int) -> dict[str, Any]:
         batch, inside = divmod(index, ROWS_PER_BATCH)
         row = self._batches[batch].slice(inside, 1)
-        fields = {name: row.column(name)[0].as_py() for name in TEXT_FIELDS}
+        fields = {name: row.column(name)[0].as_py() for name in FIELDS}
         return {name: value for name, value in fields.items() if value is not None}
 
     def _column(self, name: str) -> "pa.ChunkedArray":
@@ -243,7 +242,7 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
 
     texts, numbers = pa.list_(pa.large_string()), pa.list_(pa.float64())
     fields = [pa.large_string(), texts, texts, numbers, numbers, pa.string()]
-    schema = pa.schema([*zip(TEXT_FIELDS, fields, strict=True), ("line", pa.int64()), ("query_id", pa.int64())])
+    schema = pa.schema([*zip(FIELDS, fields, strict=True), ("line", pa.int64()), ("query_id", pa.int64())])
     digest, before, count = hashlib.blake2b(digest_size=16), faults.count, 0
     columns: dict[str, list] = {name: [] for name in schema.names}
     handle, aside = tempfile.mkstemp(dir=os.path.dirname(name), suffix=".part")
@@ -263,7 +262,7 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
                     faults.add(where, what)
                 if faults.count > before:
                     continue
-                values = [row.get(field) for field in TEXT_FIELDS]
+                values = [row.get(field) for field in FIELDS]
                 digest.update(json.dumps(values).encode())
                 for column, value in zip(columns.values(), [*values, line, text_id(row["query"])], strict=True):
                     column.append(value)

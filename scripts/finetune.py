@@ -41,9 +41,8 @@ from bge_accel.sharding import read_deepspeed_config
 from bge_accel.sources import Source, SourceSchedule, find_sources, merge_small, source_shares
 
 if TYPE_CHECKING:
-    from bge_accel.streaming import RowStream
-
     from bge_accel.batching import TokenBatch
+    from bge_accel.streaming import RowStream
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 

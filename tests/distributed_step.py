@@ -226,7 +226,9 @@ def main(model_path: str, mode: str, folder: str | None = None) -> None:
         assert "rank 0: 2 x 4" in str(error) and "rank 1: 3 x 4" in str(error), error
     else:
         raise AssertionError("unequal shapes went through")
-    accelerator.end_training()  # a process that exits with its group open may abort
+    # gloo's threads want the interpreter for what the last gather left; a process that ends at once may hang or abort.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -93,21 +93,26 @@ LONG += [pytest.param(f"{mode}-bf16", marks=pytest.mark.slow) for mode in ("zero
 def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
     tiny_model: str, tmp_path: Path, mode: str
 ) -> None:
-    # Checked to fail with: first_query left at 0; the gather without its backward; one sync too many (no_sync left out).
+    # Checked by changing the code: with first_query left at 0 the losses differ, with the gather cut from the graph the
+    # gradients do, and one sync too many (no_sync left out of the recomputation, or of the joint backward pass) hangs.
     if mode.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
     script = Path(__file__).with_name("distributed_step.py")
-    result = subprocess.run(
+    process = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
             *(script, tiny_model, mode, tmp_path / "saved"),
         ],
-        capture_output=True,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=400,
         env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
     )
-    assert result.returncode == 0, result.stderr[-6000:]
+    try:
+        _, errors = process.communicate(timeout=300)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun takes its processes down with it
+        raise
+    assert process.returncode == 0, errors[-6000:]
 
 
 def test_budget_measures_and_keeps_as_many_graphs_as_it_allows(tiny_model: str) -> None:
