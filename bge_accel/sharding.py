@@ -40,6 +40,8 @@ def configure_deepspeed(accelerator: Any, *, per_device_batch_size: int, max_gra
     config["gradient_clipping"] = max_grad_norm  # absent, it would be 1.0
     config["zero_allow_untested_optimizer"] = True
     config["zero_force_ds_cpu_optimizer"] = False
+    if config.get("zero_optimization", {}).get("stage") == 3:  # else the run would end without a model
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
 
 
 def whole_state_dict(accelerator: Any, model: Any) -> "dict[str, torch.Tensor]":

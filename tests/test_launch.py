@@ -94,12 +94,21 @@ FLAGEMBEDDING_DS = {
 }
 
 
+AUTO_BUCKETS = {
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+    "stage3_param_persistence_threshold": "auto",
+}
+
+
 @needs_deepspeed
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 1])
-def test_flagembeddings_deepspeed_files_work(tmp_path: Path, tiny_model: str, stage: int, run_script: Run) -> None:
-    """The fields of FlagEmbedding's ds_stage0.json and ds_stage1.json, given to --deepspeed."""
-    (tmp_path / "ds.json").write_text(json.dumps({**FLAGEMBEDDING_DS, "zero_optimization": {"stage": stage}}))
+@pytest.mark.parametrize(
+    "zero", [{"stage": 0}, {"stage": 1}, {"stage": 3, **AUTO_BUCKETS}], ids=lambda zero: str(zero["stage"])
+)
+def test_deepspeed_files_as_others_have_them_work(tmp_path: Path, tiny_model: str, zero: dict, run_script: Run) -> None:
+    """The fields of FlagEmbedding's ds_stage0.json and ds_stage1.json, and of transformers' for stage 3 (sizes "auto")."""
+    (tmp_path / "ds.json").write_text(json.dumps({**FLAGEMBEDDING_DS, "zero_optimization": zero}))
     data = write_rows(tmp_path / "rows.jsonl", 16)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
