@@ -41,7 +41,7 @@ def atomic_folder(path: str) -> Iterator[str]:
         yield aside
         flush_tree(aside)
         if os.path.isdir(path):
-            shutil.rmtree(path)
+            remove_checkpoint(path)
         os.rename(aside, path)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -232,6 +232,10 @@ def load_optimizer_tensors(
     if by_parameter and set(by_parameter) != set(trained):
         odd = sorted(set(by_parameter) ^ set(trained))[0]
         raise ValueError(f"the checkpoint's optimiser and the model train different parameters ({odd}, for one)")
+    kinds = {kind for by_kind in by_parameter.values() for kind in by_kind}
+    for name, by_kind in by_parameter.items():
+        if kinds != set(by_kind):
+            raise ValueError(f"the checkpoint lacks the optimiser's {sorted(kinds - set(by_kind))[0]} of {name}")
     names = {parameter: name for name, parameter in trained.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, parameter in enumerate(ordered if by_parameter else ()):

@@ -44,6 +44,22 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
 
 
+def choose_precision(asked: str | None, device: torch.device) -> tuple[str | None, str | None]:
+    """Accelerate's name of a mixed precision (None: its own default) as far as the device can.
+
+    Args:
+        asked: "auto" for bfloat16 where the hardware has it, "fp16", "bf16", or any other of Accelerate's names.
+
+    Returns:
+        The name, and a warning where it is not what was asked for.
+    """
+    if asked not in ("auto", "fp16", "bf16"):
+        return asked, None
+    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
+    return name, None if asked == "auto" else warning
+
+
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """Yields from `items`, computing the next `depth` in a background thread meanwhile.
 

@@ -1,9 +1,13 @@
-"""Tables that people look at, as plain text."""
+"""Tables and cards that people look at, as plain text."""
 
+import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bge_accel.reading import shorten
+
+if TYPE_CHECKING:
+    from bge_accel.model import EmbeddingSettings
 
 
 def metrics_table(metrics: Mapping[str, float]) -> str:
@@ -71,3 +75,41 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def model_card(*, name: str, base: str, settings: "EmbeddingSettings", training: str, configuration: str) -> str:
+    """README.md of a saved model: what it is, how to load it, how it was made.
+
+    Args:
+        base: folder or hub name of the model it was made from; a folder is not linked.
+        training: what was done, to follow the base model's name in a sentence.
+        configuration: as YAML.
+    """
+    prompt = f" The query instruction {shorten(settings.query_prefix)} is applied." if settings.query_prefix else ""
+    link = "" if os.path.isdir(base) else f"base_model: {base}\n"
+    return f"""---
+library_name: sentence-transformers
+pipeline_tag: sentence-similarity
+tags: [sentence-transformers, feature-extraction, sentence-similarity]
+{link}---
+
+# {name}
+
+A text-embedding model: {os.path.basename(base.rstrip("/"))}, {training}. {settings.pooling} pooling,
+{"normalised: compare by dot product or cosine" if settings.normalize else "not normalised: compare by dot product"}.
+
+```python
+from bge_accel import EmbeddingModel
+
+model = EmbeddingModel("path/to/this/folder")
+scores = model.encode_queries(["a question"]) @ model.encode_corpus(["a passage"]).T
+```
+
+It also loads as `sentence_transformers.SentenceTransformer(folder)` (`encode_query`, `encode_document`).{prompt}
+
+## Training configuration
+
+```yaml
+{configuration.strip()}
+```
+"""

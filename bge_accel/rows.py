@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -216,12 +215,12 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
     try:
         os.makedirs(cache_folder, exist_ok=True)
         with FileLock(f"{stem}.lock"):
-            if not os.path.exists(f"{name}.json"):
-                stale = [file for file in glob.glob(f"{glob.escape(stem)}-*") if not file.endswith(".lock")]
+            if not (os.path.exists(f"{name}.json") and os.path.exists(f"{name}.arrow")):
                 if not _write_cache(path, name, faults):
                     return None
-                for file in stale:
-                    os.remove(file)
+                for file in glob.glob(f"{glob.escape(stem)}-*"):
+                    if not file.startswith(name):
+                        os.remove(file)
     except OSError as error:
         raise ValueError(
             f"checked rows cannot be kept in {cache_folder}: {error.strerror or error}; name a folder with space for a "
@@ -232,7 +231,7 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
 
 
 def _hash(text: str) -> str:
-    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(os.fsencode(text), digest_size=8).hexdigest()
 
 
 def _write_cache(path: str, name: str, faults: Faults) -> bool:
@@ -245,9 +244,9 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
     schema = pa.schema([*zip(FIELDS, fields, strict=True), ("line", pa.int64()), ("query_id", pa.int64())])
     digest, before, count = hashlib.blake2b(digest_size=16), faults.count, 0
     columns: dict[str, list] = {name: [] for name in schema.names}
-    handle, aside = tempfile.mkstemp(dir=os.path.dirname(name), suffix=".part")
+    aside = f"{name}.part"  # one process writes it at a time; what a killed one left is written over, or stale
     try:
-        with os.fdopen(handle, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
+        with open(aside, "wb") as file, pa.ipc.new_stream(file, schema) as writer:
 
             def flush() -> None:
                 arrays = [pa.array(columns[field.name], field.type) for field in schema]
@@ -262,6 +261,8 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
                     faults.add(where, what)
                 if faults.count > before:
                     continue
+                for field in ("pos_scores", "neg_scores"):  # JSON's whole numbers may be of any size
+                    row[field] = [float(score) for score in row[field]] if row.get(field) is not None else None
                 values = [row.get(field) for field in FIELDS]
                 digest.update(json.dumps(values).encode())
                 for column, value in zip(columns.values(), [*values, line, text_id(row["query"])], strict=True):

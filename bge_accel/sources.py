@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -50,9 +51,19 @@ def find_sources(paths: Sequence[str], *, one_per_file: bool = False) -> list[So
         return [Source(name="all", path=list(paths))]
     faults = Faults()
     files = find_files(paths, faults)
+    if not paths:
+        faults.add("training data", "no file is named")
+    for file, count in Counter(map(os.path.realpath, files)).items():
+        if count > 1:
+            faults.add(file, f"named {count} times, but every file is a source of its own; name it once")
     faults.raise_if_any()
     common = os.path.commonpath([os.path.dirname(os.path.abspath(file)) for file in files])
-    return [Source(name=_stem(os.path.relpath(os.path.abspath(file), common)), path=[file]) for file in files]
+    names = [os.path.relpath(os.path.abspath(file), common) for file in files]
+    stems = Counter(map(_stem, names))  # a.jsonl and a.json keep their endings
+    return [
+        Source(name=_stem(name) if stems[_stem(name)] == 1 else name, path=[file])
+        for name, file in zip(names, files, strict=True)
+    ]
 
 
 def _stem(name: str) -> str:
@@ -126,9 +137,9 @@ def _read_source(path: str, number: int, entry: Any) -> Source:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {shorten(entry)}: expected a mapping with at least `path: ...`")
     fields = {field.name: field for field in dataclasses.fields(Source)}
-    unknown = next((key for key in entry if key not in fields), None)
-    if unknown is not None:
-        raise ValueError(f"{where}: {unknown!r} is not one of {', '.join(fields)}")
+    unknown = [key for key in entry if key not in fields]
+    if unknown:
+        raise ValueError(f"{where}: {unknown[0]!r} is not one of {', '.join(fields)}")
     values = {key: value for key, value in entry.items() if value is not None}
     paths = values.get("path")
     paths = [paths] if isinstance(paths, str) else paths
@@ -214,8 +225,8 @@ class SourceSchedule:
 
     def _jitter(self, source: np.ndarray, count: np.ndarray) -> np.ndarray:
         """Numbers in [0, 1) that look random: SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
-        mixed = np.full(len(source), self.seed, dtype=np.uint64)
-        for value in (source, count):
+        mixed = np.zeros(len(source), dtype=np.uint64)
+        for value in (np.full(len(source), self.seed, dtype=np.uint64), source, count):
             mixed = (mixed ^ value.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
             mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

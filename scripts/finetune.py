@@ -36,6 +36,7 @@ from bge_accel.config import check_model_path, option, parse_config, required, t
 from bge_accel.data import Example, RowOrder, batch_positions, draw_example
 from bge_accel.reading import shorten
 from bge_accel.refused_flags import REFUSED
+from bge_accel.report import model_card
 from bge_accel.rows import TrainingRows
 from bge_accel.sharding import read_deepspeed_config
 from bge_accel.sources import Source, SourceSchedule, find_sources, merge_small, source_shares
@@ -417,7 +418,7 @@ def main(cfg: Config) -> None:
         write_state,
     )
     from bge_accel.distributed import gather, gather_with_grad, largest
-    from bge_accel.encoding import prefetch
+    from bge_accel.encoding import choose_precision, prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
@@ -428,12 +429,15 @@ def main(cfg: Config) -> None:
     if deepspeed_config is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
-    precision = choose_precision(cfg, torch.device("cpu" if on_cpu else "cuda"))
+    asked_precision = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 else None)
+    precision, warning = choose_precision(
+        asked_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), torch.device("cpu" if on_cpu else "cuda")
+    )
     # Buffers are constant; and as processes may differ in how many forward passes they make, sending them would hang.
     warnings.filterwarnings("ignore", message=".*broadcast_buffers.*is deprecated")
     warnings.filterwarnings("ignore", message="OMP_NUM_THREADS/MKL_NUM_THREADS unset")  # accelerate sets it well
     accelerator = Accelerator(
-        mixed_precision=precision.name,
+        mixed_precision=precision,
         # Without it two CPU processes would run side by side, unconnected.
         cpu=True if on_cpu and not asked else None,  # type: ignore[arg-type]
         deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed_config) if deepspeed_config is not None else None,
@@ -454,8 +458,8 @@ def main(cfg: Config) -> None:
         if is_main:
             tqdm.write(text)
 
-    if precision.warning:
-        say(f"note: {precision.warning}")
+    if warning:
+        say(f"note: {warning}")
     set_seed(cfg.seed, device_specific=True)
 
     # ---- where to go on
@@ -823,7 +827,7 @@ def main(cfg: Config) -> None:
                     tokenizer,
                     settings,
                     state_dict=weights,
-                    model_card=model_card(cfg, settings, num_rows, step),
+                    model_card=card_of(cfg, settings, num_rows, step),
                 )
                 write_state(folder, state, tensors)
                 with open(os.path.join(folder, STATE, "run_config.yaml"), "w", encoding="utf-8") as file:
@@ -849,7 +853,7 @@ def main(cfg: Config) -> None:
                 tokenizer,
                 settings,
                 state_dict=weights,
-                model_card=model_card(cfg, settings, num_rows, step),
+                model_card=card_of(cfg, settings, num_rows, step),
             )
             flush_tree(aside)
             move_into(aside, cfg.output_dir)
@@ -1040,26 +1044,6 @@ def negatives_met(cfg: Config, feed: Feed, world: int) -> int:
     return feed.batch_size * (world if cfg.negatives_cross_device else 1) * feed.group_size - 1
 
 
-class Precision(NamedTuple):
-    """Accelerate's name of it (None: what `accelerate launch` was told), and a warning where it is not as asked."""
-
-    name: str | None
-    warning: str | None
-
-
-def choose_precision(cfg: Config, device: Any) -> Precision:
-    """What the flags ask for, else what `accelerate launch` was told, as far as the device can."""
-    from bge_accel.encoding import resolve_dtype
-
-    asked = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 else None)
-    asked = asked or os.environ.get("ACCELERATE_MIXED_PRECISION")
-    if asked not in ("auto", "fp16", "bf16"):
-        return Precision(asked, None)
-    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
-    name = {"torch.float16": "fp16", "torch.bfloat16": "bf16"}.get(str(dtype), "no")
-    return Precision(name, None if asked == "auto" else warning)
-
-
 def whole(norm: Any) -> float | None:
     """A gradient norm as a number: FSDP2 gives it in parts, DeepSpeed's stage 0 not at all."""
     return None if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -1142,44 +1126,22 @@ def without_secrets(cfg: Config) -> Config:
     return Config(**{**asdict(cfg), "token": None})
 
 
-def model_card(cfg: Config, settings: Any, num_rows: int, step: int) -> str:
-    """README.md of the saved model: what it is, how to load it, how it was trained."""
-    prompt = f" The query instruction {shorten(settings.query_prefix)} is applied." if settings.query_prefix else ""
-    # Folders are nobody else's business: their last parts say enough.
+def card_of(cfg: Config, settings: Any, num_rows: int, step: int) -> str:
+    """README.md of the saved model. Folders are nobody else's business: their last parts say enough."""
     shown = without_secrets(cfg)
     shown.model_name_or_path, shown.output_dir = (
         os.path.basename(os.path.normpath(p)) if os.path.isabs(p) else p
         for p in (shown.model_name_or_path, shown.output_dir)
     )
     shown.train_data = [os.path.basename(os.path.normpath(path)) for path in shown.train_data]
-    base = "" if os.path.isdir(cfg.model_name_or_path) else f"base_model: {cfg.model_name_or_path}\n"
-    return f"""---
-library_name: sentence-transformers
-pipeline_tag: sentence-similarity
-tags: [sentence-transformers, feature-extraction, sentence-similarity]
-{base}---
-
-# {os.path.basename(os.path.abspath(cfg.output_dir))}
-
-A text-embedding model: {os.path.basename(cfg.model_name_or_path.rstrip("/"))}, fine-tuned for {step:,} steps on
-{num_rows:,} rows of query and passages. {settings.pooling} pooling,
-{"normalised: compare by dot product or cosine" if settings.normalize else "not normalised: compare by dot product"}.
-
-```python
-from bge_accel import EmbeddingModel
-
-model = EmbeddingModel("path/to/this/folder")
-scores = model.encode_queries(["a question"]) @ model.encode_corpus(["a passage"]).T
-```
-
-It also loads as `sentence_transformers.SentenceTransformer(folder)` (`encode_query`, `encode_document`).{prompt}
-
-## Training configuration
-
-```yaml
-{to_yaml(shown).strip()}
-```
-"""
+    rows = "streamed rows" if cfg.streaming else f"{num_rows:,} rows"
+    return model_card(
+        name=os.path.basename(os.path.abspath(cfg.output_dir)),
+        base=cfg.model_name_or_path,
+        settings=settings,
+        training=f"fine-tuned for {step:,} steps on {rows} of query and passages",
+        configuration=to_yaml(shown),
+    )
 
 
 if __name__ == "__main__":

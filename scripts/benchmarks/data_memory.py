@@ -74,7 +74,16 @@ def main(cfg: Config) -> None:
         command = [
             *(sys.executable, FINETUNE, "--model_name_or_path", cfg.model_name_or_path, "--train_data", data),
             *("--output_dir", out, "--cache_path", os.path.join(cfg.folder, "cache"), "--max_steps", steps),
-            *("--per_device_train_batch_size", 4, "--train_group_size", 2, "--save_steps", 10, "--disable_tqdm", *flags),
+            *(
+                "--per_device_train_batch_size",
+                4,
+                "--train_group_size",
+                2,
+                "--save_steps",
+                10,
+                "--disable_tqdm",
+                *flags,
+            ),
         ]
         return watched([str(part) for part in command], env)
 
