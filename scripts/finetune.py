@@ -317,8 +317,10 @@ def check(cfg: Config) -> None:
             )
 
 
-def load_feeds(cfg: Config) -> list[Feed]:
-    """The sources of rows with their settings, every row checked; streams are opened later.
+def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
+    """The sources of rows with their settings, every row checked, and how many rows of small files were dropped.
+
+    Streams are opened later.
 
     Raises:
         ValueError: something is wrong with a source or any row, or settings of sources exclude each other.
@@ -335,6 +337,7 @@ def load_feeds(cfg: Config) -> list[Feed]:
         )
 
     rows: list[TrainingRows | None] = [None] * len(sources)
+    dropped = 0
     if not cfg.streaming:
         if len(sources) > 1:  # the faults of all of them together
             read([path for source in sources for path in source.path])
@@ -380,14 +383,14 @@ def load_feeds(cfg: Config) -> list[Feed]:
                     )
         if cfg.sampling_temperature != 1 and (feed.source.weight or feed.source.epochs):
             raise ValueError("--sampling_temperature and a source's weight or epochs exclude each other; leave one out")
-    return feeds
+    return feeds, dropped
 
 
 def main(cfg: Config) -> None:
     # ---- check everything that can be checked before a model is loaded or a file written
     with user_errors():
         check(cfg)
-        feeds = load_feeds(cfg)
+        feeds, dropped = load_feeds(cfg)
         rows_without_negatives = sum(feed.rows.check_negatives() for feed in feeds if feed.rows and feed.group_size > 1)
         deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
 
@@ -784,6 +787,10 @@ def main(cfg: Config) -> None:
         say("note: --negatives_cross_device has no effect on one process")
     if cfg.streaming and cfg.cache_path is not None:
         say("note: --cache_path has no effect on streams: nothing of them is kept")
+    if dropped:
+        say(f"note: {dropped:,} rows of small files are left out (--drop_threshold {cfg.drop_threshold})")
+    if cfg.streaming and cfg.max_example_num_per_dataset < 100_000_000:
+        say("note: --max_example_num_per_dataset has no effect on streams")
     if rows_without_negatives:
         say(f"note: {rows_without_negatives:,} rows have no negatives; theirs are drawn from other rows' passages")
     if cfg.use_inbatch_neg and any("no_in_batch_neg" in os.path.abspath(path) for path in cfg.train_data):
