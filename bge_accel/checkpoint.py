@@ -178,14 +178,14 @@ def choose_checkpoint(asked: str, output_dir: str, say: Callable[[str], None]) -
 # ---- the state of training
 
 
-def write_state(folder: str, state: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor]") -> None:
+def write_state(folder: str, state: Mapping[str, Any], tensors: "Mapping[str, torch.Tensor] | None") -> None:
     """Writes what training needs beside the model: numbers as JSON, the optimiser's tensors as safetensors."""
     from safetensors.torch import save_file
 
     os.makedirs(os.path.join(folder, STATE), exist_ok=True)
     with open(os.path.join(folder, STATE, "state.json"), "w", encoding="utf-8") as file:
         json.dump(state, file)
-    if tensors:
+    if tensors is not None:
         save_file(dict(tensors), os.path.join(folder, STATE, "optimizer.safetensors"))
 
 
@@ -229,18 +229,18 @@ def load_optimizer_tensors(
         kind, _, name = key.partition(".")
         by_parameter.setdefault(name, {})[kind] = tensor
     trained = _trained(encoder, optimizer)
-    if by_parameter and set(by_parameter) != set(trained):
-        odd = sorted(set(by_parameter) ^ set(trained))[0]
-        raise ValueError(f"the checkpoint's optimiser and the model train different parameters ({odd}, for one)")
+    unknown = sorted(set(by_parameter) - set(trained))
+    if unknown:
+        raise ValueError(f"the checkpoint's optimiser knows a parameter that is not trained now: {unknown[0]}")
     kinds = {kind for by_kind in by_parameter.values() for kind in by_kind}
     for name, by_kind in by_parameter.items():
         if kinds != set(by_kind):
             raise ValueError(f"the checkpoint lacks the optimiser's {sorted(kinds - set(by_kind))[0]} of {name}")
     names = {parameter: name for name, parameter in trained.items()}
     ordered = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, parameter in enumerate(ordered if by_parameter else ()):
+    for index, parameter in enumerate(ordered):
         name = names[parameter]
-        for kind, tensor in by_parameter[name].items():
+        for kind, tensor in by_parameter.get(name, {}).items():  # a parameter without a gradient yet has no state
             if tensor.ndim and tensor.shape != parameter.shape:
                 shapes = f"{tuple(tensor.shape)} and {tuple(parameter.shape)}"
                 raise ValueError(f"the checkpoint's {kind} of {name} does not fit the model: {shapes}")

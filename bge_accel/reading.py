@@ -5,8 +5,8 @@ import gzip
 import hashlib
 import io
 import json
-import math
 import os
+import sys
 import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -201,7 +201,7 @@ def check_training_row(row: dict[str, Any]) -> list[str]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def text_id(text: str) -> int:

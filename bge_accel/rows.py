@@ -11,6 +11,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -82,6 +83,7 @@ class TrainingRows:
         same = all_ids[order[1:]] == all_ids[order[:-1]]
         repeated = order[np.concatenate([[False], same]) | np.concatenate([same, [False]])]
         self._repeated, self._repeated_ids = repeated, all_ids[repeated]
+        self._positives_of_repeated = lru_cache(maxsize=4096)(self._positives_of)
         self._last: tuple[int, dict[str, Any]] = (-1, {})  # rows are asked for several times in a row
 
     def __len__(self) -> int:
@@ -140,13 +142,15 @@ class TrainingRows:
     def known_positives(self, index: int) -> set[str]:
         """The texts known to answer a row's query: its own positives and those of every row with the same query."""
         row = self[index]
-        known = set(row["pos"])
-        query_id = text_id(row["query"])
-        first, end = np.searchsorted(self._repeated_ids, [query_id, query_id + 1])
-        for other in self._repeated[first:end].tolist():
-            if other != index and (same := self[other])["query"] == row["query"]:
-                known.update(same["pos"])
-        return known
+        return {*row["pos"], *self._positives_of_repeated(row["query"])}
+
+    def _positives_of(self, query: str) -> frozenset[str]:
+        """Positives of all rows with a query that occurs more than once."""
+        query_id = text_id(query)
+        first = np.searchsorted(self._repeated_ids, query_id, "left")
+        end = np.searchsorted(self._repeated_ids, query_id, "right")
+        same = (self[other] for other in self._repeated[first:end].tolist())
+        return frozenset(text for row in same if row["query"] == query for text in row["pos"])
 
 
 class RowFile:

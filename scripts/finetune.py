@@ -39,7 +39,7 @@ from bge_accel.refused_flags import REFUSED
 from bge_accel.report import model_card
 from bge_accel.rows import TrainingRows
 from bge_accel.sharding import read_deepspeed_config
-from bge_accel.sources import Source, SourceSchedule, find_sources, merge_small, source_shares
+from bge_accel.sources import YAML, Source, SourceSchedule, find_sources, merge_small, source_shares
 
 if TYPE_CHECKING:
     from bge_accel.batching import TokenBatch
@@ -304,7 +304,7 @@ def check(cfg: Config) -> None:
     parent = cfg.output_dir
     while parent and not os.path.exists(parent):
         parent = os.path.dirname(os.path.abspath(parent))
-    if not os.access(parent or ".", os.W_OK | os.X_OK):
+    if not os.path.isdir(parent or ".") or not os.access(parent or ".", os.W_OK | os.X_OK):
         raise ValueError(f"--output_dir {cfg.output_dir}: {parent} cannot be written to; name another folder")
     asked = cfg.resume_from_checkpoint
     if asked not in (None, "latest"):
@@ -326,6 +326,10 @@ def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
         ValueError: something is wrong with a source or any row, or settings of sources exclude each other.
     """
     sources = find_sources(cfg.train_data, one_per_file=cfg.same_dataset_within_batch)
+    if cfg.small_threshold and cfg.train_data[0].endswith(YAML):
+        raise ValueError(
+            "--small_threshold puts files together; the sources of a YAML file stay as it names them: drop it"
+        )
 
     def read(paths: list[str]) -> TrainingRows:
         return TrainingRows(
@@ -510,12 +514,17 @@ def main(cfg: Config) -> None:
                         f"{checkpoint} was saved by another run, so its position means nothing here: "
                         f"{'; '.join(changed)}. Put that back, or go on regardless with --allow_changed_data"
                     )
+                if is_deepspeed != os.path.isdir(os.path.join(checkpoint, STATE, "deepspeed")):
+                    raise ValueError(
+                        f"{checkpoint} was saved {'without' if is_deepspeed else 'by'} DeepSpeed, and only the same can go "
+                        f"on from it; to start anew from its weights, --model_name_or_path {checkpoint}"
+                    )
                 if is_deepspeed and resumed["num_processes"] != world:
                     raise ValueError(
                         f"{checkpoint} was saved by {resumed['num_processes']} processes: DeepSpeed goes on with as many"
                     )
                 for change in [*changed, *differences(resumed["settings"], settings_of(cfg))]:
-                    say(f"note: changed since {os.path.basename(checkpoint)}: {change}")
+                    say(f"note: changed since {os.path.basename(os.path.normpath(checkpoint))}: {change}")
         if resumed is None:
             say("note: no checkpoint to go on from; this run starts afresh")
 
@@ -708,7 +717,8 @@ def main(cfg: Config) -> None:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         else:
-            tensors = load_file(os.path.join(checkpoint, STATE, "optimizer.safetensors"))
+            path = os.path.join(checkpoint, STATE, "optimizer.safetensors")
+            tensors = load_file(path) if os.path.exists(path) else {}  # none before the first step
             with user_errors():
                 load_optimizer_tensors(encoder, optimizer, tensors, rates)
         if accelerator.scaler is not None and resumed["scaler"] is not None:
@@ -807,7 +817,7 @@ def main(cfg: Config) -> None:
     def save_checkpoint(step: int, num_batches: int, streams: list[dict]) -> None:
         """The model and the state of training as a folder `checkpoint-STEP`; all processes take part."""
         weights = whole_state_dict(accelerator, model) if is_sharded else None
-        tensors = optimizer_tensors(encoder, optimizer) if not is_deepspeed and (is_main or is_sharded) else {}
+        tensors = optimizer_tensors(encoder, optimizer) if not is_deepspeed and (is_main or is_sharded) else None
         state = {
             "step": step,
             "batches": num_batches,
@@ -972,7 +982,8 @@ def main(cfg: Config) -> None:
         if skips and not is_end and not stopped:
             continue
         epoch = max(batch.passes) if cfg.streaming else (index + 1) * per_batch / num_rows
-        if step % cfg.logging_steps == 0 or is_end or (step == 1 and cfg.logging_first_step):
+        logged = step % cfg.logging_steps == 0 or (step == 1 and cfg.logging_first_step)
+        if (logged and not skips) or is_end:
             record = {
                 "step": step,
                 "epoch": round(epoch, 4),
@@ -985,8 +996,9 @@ def main(cfg: Config) -> None:
             window = Window(len(feeds))
             say(log_line(record, num_steps))
             if log_file is not None:
-                log_file.write(json.dumps(record) + "\n")
-                log_file.flush()
+                with saving_errors(step):
+                    log_file.write(json.dumps(record) + "\n")
+                    log_file.flush()
             if trackers:
                 figures = {key: value for key, value in record.items() if key not in ("step", "sources")}
                 for name, of_source in record.get("sources", {}).items():
@@ -1026,7 +1038,7 @@ def saving_errors(step: int) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # so say libraries written in Rust
             raise
         raise SystemExit(
             f"finetune.py: error: saving after step {step} failed: {error}; earlier checkpoints are untouched. Make room, "
