@@ -12,6 +12,7 @@ import random
 import re
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -290,17 +291,20 @@ def set_random_state(state: Mapping[str, Any], device: "torch.device") -> None:
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1, so that the loop can save and stop; the second one ends the process at once.
+    """Notes SIGTERM and SIGUSR1, so that the loop can save and stop; a second one ends the process at once.
 
-    SLURM sends them before it preempts a job or its time is over.
+    SLURM sends them before it preempts a job or its time is over; preempting, it sends one signal twice within
+    milliseconds, so what comes within `repeat_seconds` of the first is taken for the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, repeat_seconds: float = 3.0) -> None:
         self.received: str | None = None
+        self.repeat_seconds, self._at = repeat_seconds, 0.0
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._note)
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is not None:
+        if self.received is None:
+            self.received, self._at = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._at > self.repeat_seconds:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name

@@ -1,14 +1,27 @@
 """Texts to embeddings, fast: sorted micro-batches under a token budget, tokenised while the model computes."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+import hashlib
+import json
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
+from bge_accel.store import (
+    EmbeddingStore,
+    Manifest,
+    ShardWriter,
+    choose_shard_size,
+    digest_texts,
+    prepare_store,
+    writing,
+)
 
 T = TypeVar("T")
 
@@ -78,7 +91,19 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
                 future.cancel()
 
 
-@torch.inference_mode()
+@dataclass
+class EncodingCounts:
+    """What has been encoded; a caller hands one over and reads it when it likes."""
+
+    num_texts: int = 0
+    num_tokens: int = 0
+    """Special tokens included, padding not."""
+    num_truncated: int = 0
+    """Texts that were cut to the maximum length."""
+    max_tokens: int | None = None
+    """What a micro-batch was cut down to after the memory had been too small for a larger one."""
+
+
 def encode_texts(
     encoder: Encoder,
     tokenizer: Any,
@@ -90,44 +115,220 @@ def encode_texts(
     max_texts: int | None = None,
     show_progress: bool = False,
     description: str = "encoding",
+    counts: EncodingCounts | None = None,
 ) -> np.ndarray:
     """Embeddings (len(texts), dim), float32, of texts with `prefix` put before each.
 
     Args:
         max_length: longer texts are cut to this many tokens, special tokens included.
-        max_tokens: padded tokens of a micro-batch; by default what suits the device.
+        max_tokens: padded tokens of a micro-batch; by default what suits the device. Where the memory is too small it is
+            halved, with a warning, until it fits.
         max_texts: texts of a micro-batch; by default bounded by `max_tokens` alone.
+        counts: added to.
     """
     from tqdm import tqdm
-
-    device = next(encoder.parameters()).device
-    budget = max_tokens or default_token_budget(device)
-
-    def windows() -> Iterator[tuple[int, TokenBatch]]:
-        for start in range(0, len(texts), WINDOW):
-            token_ids = tokenize(tokenizer, [prefix + text for text in texts[start : start + WINDOW]], max_length)
-            yield (
-                start,
-                make_token_batch(
-                    token_ids,
-                    pad_token_id=tokenizer.pad_token_id,
-                    padding_side=tokenizer.padding_side,
-                    max_tokens=budget,
-                    max_texts=max_texts,
-                ),
-            )
 
     dim: int = encoder.backbone.config.hidden_size  # type: ignore[union-attr,assignment]
     embeddings = np.empty((len(texts), dim), dtype=np.float32)
     with tqdm(total=len(texts), desc=description, unit="text", disable=not show_progress) as bar:
-        for start, batch in prefetch(windows()):
-            parts = []
-            for micro_batch in batch.micro_batches:
-                inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
-                parts.append(encoder(**inputs).float().cpu())
-                bar.update(len(parts[-1]))
-            embeddings[start : start + batch.num_texts] = torch.cat(parts)[batch.restore].numpy()
+        encoded = encode_windows(
+            encoder,
+            tokenizer,
+            ((start, texts[start : start + WINDOW]) for start in range(0, len(texts), WINDOW)),
+            max_length=max_length,
+            prefix=prefix,
+            max_tokens=max_tokens,
+            max_texts=max_texts,
+            counts=counts,
+            on_texts=bar.update,
+        )
+        for start, window in encoded:
+            embeddings[start : start + len(window)] = window
     return embeddings
+
+
+def encode_windows(
+    encoder: Encoder,
+    tokenizer: Any,
+    windows: Iterable[tuple[T, Sequence[str]]],
+    *,
+    max_length: int,
+    prefix: str = "",
+    max_tokens: int | None = None,
+    max_texts: int | None = None,
+    counts: EncodingCounts | None = None,
+    on_texts: Callable[[int], Any] = lambda num_texts: None,
+    depth: int = 2,
+) -> Iterator[tuple[T, np.ndarray]]:
+    """For each (key, texts) the key and the texts' embeddings (texts, dim), float32; the next are tokenised meanwhile.
+
+    Texts are sorted by length inside their window. Memory is bounded by `depth` + 1 windows, whatever their number.
+
+    Args:
+        on_texts: called with the number of texts of each micro-batch that has been handed to the device.
+        depth: windows taken ahead.
+    """
+    counts = EncodingCounts() if counts is None else counts
+    device = next(encoder.parameters()).device
+    budget = max_tokens or default_token_budget(device)
+
+    def tokenized() -> Iterator[tuple[T, TokenBatch, int]]:
+        for key, texts in windows:
+            token_ids, num_truncated = tokenize_and_count(tokenizer, [prefix + text for text in texts], max_length)
+            batch = make_token_batch(
+                token_ids,
+                pad_token_id=tokenizer.pad_token_id,
+                padding_side=tokenizer.padding_side,
+                max_tokens=min(budget, counts.max_tokens or budget),
+                max_texts=max_texts,
+            )
+            yield key, batch, num_truncated
+
+    for key, batch, num_truncated in prefetch(tokenized(), depth):
+        parts: list[torch.Tensor] = []
+        left = batch.micro_batches[::-1]
+        while left:
+            micro_batch = left.pop()
+            rows, width = micro_batch["input_ids"].shape
+            if rows > 1 and rows * width > (counts.max_tokens or rows * width):
+                left += [{name: tensor[part] for name, tensor in micro_batch.items()} for part in _halves(rows)]
+                continue
+            error = None
+            try:
+                with torch.inference_mode():
+                    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+                    parts.append(encoder(**inputs).float())
+            except (RuntimeError, MemoryError) as raised:
+                if rows == 1 or not is_out_of_memory(raised):
+                    raise
+                error = str(raised).strip().split("\n")[0]
+            if error is not None:  # outside `except`, whose traceback would keep the tensors alive
+                counts.max_tokens = max(rows * width // 2, 1)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+                warnings.warn(
+                    f"out of memory with {rows * width:,} tokens in a micro-batch: at most {counts.max_tokens:,} from "
+                    f"here on ({error})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+                left.append(micro_batch)
+                continue
+            on_texts(rows)
+        counts.num_texts += batch.num_texts
+        counts.num_tokens += batch.num_tokens
+        counts.num_truncated += num_truncated
+        # Moved at the end of a window and not after each micro-batch, for which a GPU would have to stop.
+        yield key, torch.cat(parts)[batch.restore.to(device)].cpu().numpy()
+
+
+def _halves(rows: int) -> tuple[slice, slice]:
+    """The two halves of a micro-batch, the second first: they are taken from the end."""
+    return slice(rows // 2, None), slice(rows // 2)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device's or the computer's memory is too small, and nothing else."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def tokenize_and_count(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
+    """Token ids of each text with special tokens, cut to `max_length`, and how many texts were cut."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not texts:
+        return tokenize(tokenizer, texts, max_length), 0
+    tokenize(tokenizer, texts[:1], max_length)  # sets the tokenizer's own way of cutting
+    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=True)
+    token_ids = [encoding.ids for encoding in encodings]
+    full = (encoding for encoding, ids in zip(encodings, token_ids, strict=True) if len(ids) >= max_length)
+    return token_ids, sum(bool(encoding.overflowing) for encoding in full)
+
+
+def encode_to_store(
+    model: "EmbeddingModel",
+    folder: str,
+    manifest: Manifest,
+    shards: Iterable[int],
+    read: Callable[[int, int], Sequence[str]],
+    *,
+    max_tokens: int | None = None,
+    max_texts: int | None = None,
+    counts: EncodingCounts | None = None,
+    on_texts: Callable[[int], Any] = lambda num_texts: None,
+) -> None:
+    """Encodes texts into shards of a store; a shard is flushed to disk while the next is computed.
+
+    Args:
+        manifest: from `prepare_store`.
+        shards: numbers of the shards to write, taken one by one, so that several processes can share them.
+        read: the texts from one number to another; asked for in the order of `shards`, at most `WINDOW` at a time.
+    """
+
+    def windows() -> Iterator[tuple[tuple[int, bool], Sequence[str]]]:
+        for shard in shards:
+            first, stop = manifest.rows_of(shard)
+            for start in range(first, stop, WINDOW):
+                end = min(start + WINDOW, stop)
+                yield (shard, end == stop), read(start, end)
+
+    settings = manifest.settings
+    encoded = encode_windows(
+        model.encoder,
+        model.tokenizer,
+        windows(),
+        max_length=settings["max_length"],
+        prefix=settings["prefix"],
+        max_tokens=max_tokens,
+        max_texts=max_texts,
+        counts=counts,
+        on_texts=on_texts,
+        depth=1,  # a shard taken early is one that no other process can take
+    )
+    writer: ShardWriter | None = None
+    finishing: Future | None = None
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        try:
+            for (shard, is_last), embeddings in encoded:
+                writer = writer or ShardWriter(folder, manifest, shard)
+                writer.add(embeddings)
+                if is_last:
+                    if finishing is not None:
+                        finishing.result()
+                    finishing, writer = pool.submit(writer.finish), None
+            if finishing is not None:
+                finishing.result()
+        finally:
+            encoded.close()  # type: ignore[attr-defined]
+            if writer is not None:
+                writer.abandon()
+
+
+def weights_digest(module: torch.nn.Module) -> str:
+    """Digest of all tensors of a model, with their names; half a second a gigabyte and core."""
+
+    def one(item: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = item
+        digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.digest()
+
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        parts = pool.map(one, sorted(module.state_dict().items()))
+        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    """Digest of a tokenizer's rules and vocabulary; how it was last told to cut and pad does not matter."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: Any = sorted(tokenizer.get_vocab().items())
+    else:
+        content = {
+            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
+        }
+    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
 class EmbeddingModel:
@@ -143,6 +344,8 @@ class EmbeddingModel:
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
+
+    `counts` holds how many texts and tokens have been encoded, and how many texts were too long and cut.
     """
 
     def __init__(
@@ -181,6 +384,7 @@ class EmbeddingModel:
             token=token,
         )
         self.encoder.to(self.device)
+        self.name, self.counts = model_name_or_path, EncodingCounts()
         self.batch_size = batch_size
         assert self.settings.max_length is not None
         self.max_length = max_length or self.settings.max_length
@@ -237,6 +441,100 @@ class EmbeddingModel:
         """
         return self._encode(sentences, "", batch_size, max_length, convert_to_numpy, show_progress, "texts")
 
+    def describe_store(
+        self,
+        num_texts: int,
+        texts: str,
+        *,
+        kind: Literal["passage", "query"] = "passage",
+        max_length: int | None = None,
+        dtype: str = "float32",
+        processes: int = 1,
+        shard_size: int | None = None,
+    ) -> Manifest:
+        """The manifest of a store of this model's embeddings of such texts.
+
+        Args:
+            texts: their digest, from `digest_texts`.
+            kind: with the instruction of passages or that of queries.
+            dtype: stored in float16 or float32.
+            processes: that are going to write it together.
+        """
+        own_length = self.query_max_length if kind == "query" else self.passage_max_length
+        settings = {
+            "weights": weights_digest(self.encoder),
+            "tokenizer": tokenizer_digest(self.tokenizer),
+            "precision": str(next(self.encoder.parameters()).dtype).removeprefix("torch."),
+            "pooling": self.settings.pooling,
+            "normalize": self.settings.normalize,
+            "prefix": self.settings.query_prefix if kind == "query" else self.settings.passage_prefix,
+            "max_length": self._length(max_length or own_length),
+            "texts": texts,
+        }
+        shard_size = shard_size or choose_shard_size(num_texts, WINDOW, processes)
+        return Manifest(num_texts, self.dim, dtype, shard_size, settings, self.name)
+
+    def save_corpus(
+        self,
+        folder: str,
+        corpus: Sequence[str],
+        *,
+        kind: Literal["passage", "query"] = "passage",
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        dtype: str = "float32",
+        shard_size: int | None = None,
+        show_progress: bool = False,
+    ) -> EmbeddingStore:
+        """Encodes texts into a store, or what is missing of one that was begun, and opens it.
+
+        In float32 the rows are those that `encode_corpus` (or, with kind "query", `encode_queries`) gives. For a corpus
+        that does not fit the memory, or several processes, there is `scripts/encode_corpus.py`.
+
+        Raises:
+            ValueError: the folder holds a store of something else, or anything but a store; no texts.
+        """
+        from tqdm import tqdm
+
+        if not len(corpus):
+            raise ValueError("there are no texts to encode into a store")
+        digest = digest_texts(corpus)
+        wanted = self.describe_store(*digest, kind=kind, max_length=max_length, dtype=dtype, shard_size=shard_size)
+        with writing(folder):
+            manifest, missing = prepare_store(folder, wanted)
+            num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
+            with tqdm(total=num_missing, desc=f"{kind} store", unit="text", disable=not show_progress) as bar:
+                encode_to_store(
+                    self,
+                    folder,
+                    manifest,
+                    missing,
+                    lambda start, stop: corpus[start:stop],
+                    max_texts=batch_size or self.batch_size,
+                    counts=self.counts,
+                    on_texts=bar.update,
+                )
+        return EmbeddingStore(folder)
+
+    def open_corpus(
+        self,
+        folder: str,
+        corpus: Iterable[str],
+        *,
+        kind: Literal["passage", "query"] = "passage",
+        max_length: int | None = None,
+    ) -> EmbeddingStore:
+        """A store that holds this model's embeddings of these texts, stored in whichever precision.
+
+        Raises:
+            ValueError: it holds others, naming all that differs, or is not complete.
+        """
+        wanted = self.describe_store(*digest_texts(corpus), kind=kind, max_length=max_length)
+        return EmbeddingStore(folder, wanted, ignore=("dtype",))
+
+    def _length(self, max_length: int | None) -> int:
+        return min(max_length or self.max_length, max_positions(self.encoder.backbone.config))
+
     def _encode(
         self,
         texts: str | Sequence[str],
@@ -251,11 +549,12 @@ class EmbeddingModel:
             self.encoder,
             self.tokenizer,
             [texts] if isinstance(texts, str) else texts,
-            max_length=min(max_length or self.max_length, max_positions(self.encoder.backbone.config)),
+            max_length=self._length(max_length),
             prefix=prefix,
             max_texts=batch_size or self.batch_size,
             show_progress=show_progress,
             description=description,
+            counts=self.counts,
         )
         result = embeddings[0] if isinstance(texts, str) else embeddings
         wants_numpy = self.convert_to_numpy if convert_to_numpy is None else convert_to_numpy

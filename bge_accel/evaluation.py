@@ -8,7 +8,7 @@ import numpy as np
 
 from bge_accel.metrics import retrieval_metrics, trec_order
 from bge_accel.reading import Faults, find_files, open_binary, read_rows, shorten
-from bge_accel.search import build_index, check_index_factory, search
+from bge_accel.search import build_index, check_index_factory, index_recall, search
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
 
@@ -63,6 +63,8 @@ class Evaluation(NamedTuple):
     gains: np.ndarray
     """(queries, k) grade of each passage, 0 where it is not judged."""
     seconds: dict[str, float]
+    index_recall: dict[str, float] | None = None
+    """What an approximate index finds of the exact result, from `index_recall`; None for an exact one."""
 
 
 def read_evaluation_data(
@@ -135,6 +137,15 @@ def read_corpus(paths: Sequence[str], faults: Faults) -> Corpus:
     """
     corpus = Corpus([], [], [])
     seen: set[str] = set()
+    for where, row, text, body in corpus_rows(paths, faults):
+        corpus.ids.append(_id(row, len(corpus.ids), seen, where, faults))
+        corpus.texts.append(text)
+        corpus.bodies.append(body)
+    return corpus
+
+
+def corpus_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dict[str, Any], str, str]]:
+    """Yields (place, row, text with its title, text) of each passage, holding one at a time; ids are not looked at."""
     for path in find_files(paths, faults):
         for where, _, row in read_rows(path, faults):
             title = row.get("title")
@@ -143,10 +154,7 @@ def read_corpus(paths: Sequence[str], faults: Faults) -> Corpus:
                 title = None
             title = title if title and title.strip() else ""
             body = _text(row, ("content", "text"), where, faults, may_be_empty=bool(title))
-            corpus.ids.append(_id(row, len(corpus.ids), seen, where, faults))
-            corpus.texts.append(f"{title} {body}" if title and body.strip() else title or body)
-            corpus.bodies.append(body)
-    return corpus
+            yield where, row, f"{title} {body}" if title and body.strip() else title or body, body
 
 
 def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) -> Queries:
@@ -157,20 +165,26 @@ def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) 
     """
     queries = Queries([], [], [])
     seen: set[str] = set()
+    for where, row, query in query_rows(paths, faults):
+        queries.texts.append(query)
+        queries.ids.append(_id(row, len(queries.ids), seen, where, faults))
+        positives = row.get("positive") if need_positives else []
+        if positives is None:
+            faults.add(where, '"positive" is missing: list the texts that answer the query, or give --qrels')
+        elif not isinstance(positives, list):
+            faults.add(where, f'"positive" is {shorten(positives)}: it has to be a list of strings, like ["..."]')
+        elif wrong := [text for text in positives if not isinstance(text, str) or not text.strip()]:
+            faults.add(where, f'"positive" holds {shorten(wrong[0])}: every item has to be a text')
+        else:
+            queries.positives.append(positives)
+    return queries
+
+
+def query_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yields (place, row, text) of each query, holding one at a time; ids and positives are not looked at."""
     for path in find_files(paths, faults):
         for where, _, row in read_rows(path, faults):
-            queries.texts.append(_text(row, ("query", "text"), where, faults))
-            queries.ids.append(_id(row, len(queries.ids), seen, where, faults))
-            positives = row.get("positive") if need_positives else []
-            if positives is None:
-                faults.add(where, '"positive" is missing: list the texts that answer the query, or give --qrels')
-            elif not isinstance(positives, list):
-                faults.add(where, f'"positive" is {shorten(positives)}: it has to be a list of strings, like ["..."]')
-            elif wrong := [text for text in positives if not isinstance(text, str) or not text.strip()]:
-                faults.add(where, f'"positive" holds {shorten(wrong[0])}: every item has to be a text')
-            else:
-                queries.positives.append(positives)
-    return queries
+            yield where, row, _text(row, ("query", "text"), where, faults)
 
 
 def read_qrels(path: str, faults: Faults) -> dict[str, dict[str, int]]:
@@ -235,6 +249,8 @@ def evaluate_retrieval(
     batch_size: int | None = None,
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
+    save_path: str | None = None,
+    load_embedding: bool = False,
     show_progress: bool = False,
 ) -> Evaluation:
     """Encodes queries and corpus with `model`, searches, and measures.
@@ -245,9 +261,11 @@ def evaluate_retrieval(
         cutoffs: see `choose_cutoffs`.
         index_factory: FAISS index string, see `build_index`.
         max_query_length, max_passage_length: in tokens; by default the model's own.
+        save_path: folder of an embedding store that the corpus is encoded into (needs an `EmbeddingModel`).
+        load_embedding: take the corpus from the store at `save_path`, and encode nothing of it.
 
     Raises:
-        ValueError: see `choose_cutoffs`, `build_index`, `search`.
+        ValueError: see `choose_cutoffs`, `build_index`, `search`; the store holds something else, or is not complete.
     """
     choose_cutoffs(k, cutoffs)
     common = {"batch_size": batch_size, "show_progress": show_progress}
@@ -255,7 +273,12 @@ def evaluate_retrieval(
     q_emb = model.encode_queries(data.queries.texts, max_length=max_query_length, **common)
     queries_done = time.perf_counter()
     check_index_factory(index_factory, q_emb.shape[1])  # before the hours that a corpus can take
-    corpus_emb = model.encode_corpus(data.corpus.texts, max_length=max_passage_length, **common)
+    if save_path is None:
+        corpus_emb = model.encode_corpus(data.corpus.texts, max_length=max_passage_length, **common)
+    elif load_embedding:
+        corpus_emb = model.open_corpus(save_path, data.corpus.texts, max_length=max_passage_length)
+    else:
+        corpus_emb = model.save_corpus(save_path, data.corpus.texts, max_length=max_passage_length, **common)
     corpus_done = time.perf_counter()
     evaluation = evaluate_embeddings(q_emb, corpus_emb, data, k=k, cutoffs=cutoffs, index_factory=index_factory)
     encoding = {"encode_queries": queries_done - started, "encode_corpus": corpus_done - queries_done}
@@ -264,14 +287,17 @@ def evaluate_retrieval(
 
 def evaluate_embeddings(
     q_emb: np.ndarray,
-    corpus_emb: np.ndarray,
+    corpus_emb: Any,
     data: EvaluationData,
     *,
     k: int = 100,
     cutoffs: Sequence[int] | None = None,
     index_factory: str = "Flat",
 ) -> Evaluation:
-    """`evaluate_retrieval` on embeddings of `data.queries.texts` and `data.corpus.texts`, both (n, dim)."""
+    """`evaluate_retrieval` on embeddings of `data.queries.texts` and `data.corpus.texts`, both (n, dim).
+
+    The corpus may be a mapped file or an `EmbeddingStore`, too.
+    """
     cutoffs = choose_cutoffs(k, cutoffs)
     if len(q_emb) != len(data.queries.texts) or len(corpus_emb) != len(data.corpus.texts):
         raise ValueError(
@@ -293,7 +319,12 @@ def evaluate_embeddings(
 
     gains = _gains(indices, data.judgements, len(corpus_emb))
     metrics = retrieval_metrics(gains, _positive_grades(data.judgements, len(q_emb)), cutoffs)
-    return Evaluation(metrics, scores, indices, gains, {"build_index": built - started, "search": searched - built})
+    seconds = {"build_index": built - started, "search": searched - built}
+    recall = None
+    if index_factory != "Flat":
+        recall = index_recall(index, corpus_emb, q_emb, cutoffs)
+        seconds["index_recall"] = time.perf_counter() - searched
+    return Evaluation(metrics, scores, indices, gains, seconds, recall)
 
 
 def ranking_rows(data: EvaluationData, evaluation: Evaluation, depth: int = 10) -> Iterator[dict[str, Any]]:

@@ -1,33 +1,56 @@
-"""Nearest neighbours by inner product: FAISS, or PyTorch where FAISS is not installed."""
+"""Nearest neighbours by inner product: FAISS, or PyTorch in blocks where FAISS is not installed or would need a copy.
 
+Embeddings are an array, a mapped file or an `EmbeddingStore`; the last two are searched exactly where they lie, a block
+at a time, so that memory does not grow with the corpus.
+"""
+
+import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from bge_accel.store import EmbeddingStore
+
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
 ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 256
+GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: half a gigabyte of scores
 MAX_TRAINING_VECTORS = 1_000_000
+FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
 
-def build_index(corpus_emb: np.ndarray, index_factory: str = "Flat") -> Any:
+def build_index(corpus_emb: Any, index_factory: str = "Flat", *, use_gpu: bool = False) -> Any:
     """An index of `corpus_emb` (n, dim) for `search`; "Flat" is exact.
 
     Any other FAISS index string ("HNSW32", "IVF1024,Flat", "IVF4096,PQ64", ...) searches approximately. What has to be
     trained is trained on the embeddings themselves, at most a million of them, drawn always alike. An IVF index visits
-    the square root of its number of lists. Without FAISS there is "Flat" alone; the index then is `corpus_emb` itself.
+    the square root of its number of lists. Without FAISS there is "Flat" alone; the index then is `corpus_emb` itself,
+    as it is with "Flat" for a mapped file and a store, which are not copied into memory.
+
+    Args:
+        corpus_emb: array, `numpy.memmap` or `EmbeddingStore`.
+        use_gpu: FAISS on all GPUs, each with a part of the corpus in float16; for "Flat" without a FAISS that knows
+            GPUs, or from a file, PyTorch on the first one, in float32.
 
     Raises:
         ValueError: there are no embeddings or one is not finite; FAISS does not take the string, or not for so few
-            vectors or this dimension; FAISS is not installed and the string is not "Flat".
+            vectors or this dimension; FAISS is not installed and the string is not "Flat"; two packages of FAISS are
+            installed; a GPU is asked for and none can be used.
     """
     if corpus_emb.ndim != 2 or not len(corpus_emb):
         raise ValueError(f"an index needs embeddings (n, dim) with n at least 1, not {corpus_emb.shape}")
     faiss = _import_faiss(index_factory)
+    on_gpu = use_gpu and _faiss_uses_gpu(faiss, index_factory)
+    for_torch = isinstance(corpus_emb, np.memmap | EmbeddingStore) or (use_gpu and not on_gpu)
+    in_place = index_factory == "Flat" and for_torch
+    if isinstance(corpus_emb, EmbeddingStore) and (in_place or faiss is None):
+        return corpus_emb  # only what is finite was written
     blocks = _float32_blocks(corpus_emb, ADD_BLOCK, "passage")
-    if faiss is None:
+    if faiss is None or in_place:
         for _ in blocks:  # only to see that all are finite
             pass
         return corpus_emb
@@ -35,14 +58,41 @@ def build_index(corpus_emb: np.ndarray, index_factory: str = "Flat") -> Any:
     try:
         if not index.is_trained:
             index.train(_training_sample(corpus_emb))
+        if on_gpu:
+            index = _to_all_gpus(faiss, index)
         for block in blocks:
             index.add(block)
     except RuntimeError as error:
         raise _index_error(index_factory, error) from error
-    ivf = faiss.try_extract_index_ivf(index)
+    ivf = faiss.try_extract_index_ivf(index) if not on_gpu else None
     if ivf is not None:  # FAISS visits a single list unless told otherwise, and finds little
         ivf.nprobe = max(1, round(math.sqrt(ivf.nlist)))
     return index
+
+
+def _faiss_uses_gpu(faiss: ModuleType | None, index_factory: str) -> bool:
+    """Whether FAISS is to search on GPUs; False where PyTorch has to."""
+    import torch
+
+    if faiss is not None and hasattr(faiss, "index_cpu_to_all_gpus") and faiss.get_num_gpus() > 0:
+        return True
+    if not torch.cuda.is_available():
+        raise ValueError("there is no GPU to search on: drop --use_gpu_for_searching")
+    if index_factory != "Flat":
+        raise ValueError(
+            f"the index {index_factory!r} on a GPU needs a FAISS that knows GPUs: pip uninstall faiss-cpu, then "
+            "pip install -r requirements-gpu.txt"
+        )
+    return False
+
+
+def _to_all_gpus(faiss: ModuleType, index: Any) -> Any:
+    ivf = faiss.try_extract_index_ivf(index)
+    if ivf is not None:
+        ivf.nprobe = max(1, round(math.sqrt(ivf.nlist)))
+    options = faiss.GpuMultipleClonerOptions()
+    options.shard, options.useFloat16 = True, True
+    return faiss.index_cpu_to_all_gpus(index, options)
 
 
 def check_index_factory(index_factory: str, dim: int) -> None:
@@ -56,10 +106,11 @@ def search(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
     """The k passages of `index` with the largest inner product with each query.
 
     Sorted by score descending, equal scores by index ascending. With "Flat" that also decides which of equally scored
-    passages are among the k, so duplicates in the corpus never make the answer a matter of chance.
+    passages are among the k, so duplicates in the corpus never make the answer a matter of chance. An exact search of
+    a store or a mapped file holds one block of it, one of the score matrix, and the result.
 
     Args:
-        index: from `build_index`.
+        index: from `build_index` or `load_index`.
         q_emb: (queries, dim).
 
     Returns:
@@ -69,7 +120,7 @@ def search(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
     Raises:
         ValueError: k is not positive, the dimensions differ, or a query embedding is not finite.
     """
-    is_faiss = not isinstance(index, np.ndarray)
+    is_faiss = not isinstance(index, np.ndarray | EmbeddingStore)
     num_passages, dim = (index.ntotal, index.d) if is_faiss else index.shape
     if k < 1:
         raise ValueError(f"k is {k}: it has to be at least 1")
@@ -80,6 +131,122 @@ def search(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarra
         return np.empty((0, k), dtype=np.float32), np.empty((0, k), dtype=np.int64)
     q_emb = np.concatenate(list(_float32_blocks(q_emb, ADD_BLOCK, "query")))
     return _search_faiss(index, q_emb, k) if is_faiss else _search_torch(index, q_emb, k)
+
+
+def merge_results(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]], first_rows: Sequence[int], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best of the whole from `search` over consecutive parts of a corpus, as `search` over the whole gives them.
+
+    Args:
+        parts: scores and indices (queries, any number) of each part, of k passages or all that the part has.
+        first_rows: number that the first passage of each part has in the whole.
+    """
+    scores = np.concatenate([part[0] for part in parts], axis=1)
+    indices = np.concatenate(
+        [np.where(part[1] >= 0, part[1] + first, -1) for part, first in zip(parts, first_rows, strict=True)], axis=1
+    )
+    # What was not found, with index -1, comes last.
+    order = np.lexsort((np.where(indices < 0, np.iinfo(np.int64).max, indices), -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
+
+
+def search_over_processes(index: Any, q_emb: np.ndarray, k: int, first_row: int) -> tuple[np.ndarray, np.ndarray]:
+    """`search` in a corpus of which every process holds a part; each gets the k best of the whole.
+
+    Args:
+        index: of this process's part; None where it holds nothing.
+        q_emb: all queries, the same on every process.
+        first_row: number that the first passage of this part has in the whole.
+    """
+    import torch.distributed as dist
+
+    ours = None if index is None else search(index, q_emb, k)
+    parts: list[Any] = [(ours, first_row)]
+    if dist.is_available() and dist.is_initialized():
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, (ours, first_row))
+    held = [(part, first) for part, first in parts if part is not None]
+    if not held:
+        raise ValueError("no process holds a part of the corpus")
+    return merge_results([part for part, _ in held], [first for _, first in held], k)
+
+
+def index_recall(
+    index: Any, corpus_emb: Any, q_emb: np.ndarray, cutoffs: Sequence[int] = (1, 10, 100), *, max_queries: int = 1000
+) -> dict[str, float]:
+    """How much of what exact search finds an approximate index finds: {"recall@10": 0.98, ...} and "queries".
+
+    The mean share of the exact first passages among the index's, over at most `max_queries` of the queries, evenly
+    spread. A passage that scores as much as the exact last one counts as found, whichever of the tied it is.
+    """
+    cutoffs = sorted({min(cutoff, len(corpus_emb)) for cutoff in cutoffs})
+    chosen = q_emb[np.unique(np.linspace(0, len(q_emb) - 1, min(max_queries, len(q_emb))).astype(np.int64))]
+    chosen = np.ascontiguousarray(chosen, dtype=np.float32)
+    _, found = search(index, chosen, cutoffs[-1])
+    exact_scores, exact = _search_torch(corpus_emb, chosen, cutoffs[-1])
+    recall = {}
+    for cutoff in cutoffs:
+        hits = 0
+        for query in range(len(chosen)):
+            ours = found[query, :cutoff][found[query, :cutoff] >= 0]
+            known = np.isin(ours, exact[query, :cutoff])
+            others = np.asarray(corpus_emb[ours[~known]], dtype=np.float32) @ chosen[query]
+            last = float(exact_scores[query, cutoff - 1])
+            hits += int(known.sum()) + int((others >= last - 1e-6 * max(1.0, abs(last))).sum())
+        recall[f"recall@{cutoff}"] = hits / (cutoff * len(chosen))
+    return recall | {"queries": len(chosen)}
+
+
+def save_index(index: Any, path: str, about: dict[str, Any]) -> None:
+    """Writes a FAISS index to a file that is complete or absent, and beside it, in `path`.json, what it is of.
+
+    Args:
+        about: whatever says of what embeddings the index is and how it was built; `load_index` compares it.
+
+    Raises:
+        ValueError: there is nothing to save: an exact search of an array, a mapped file or a store needs no index.
+    """
+    if isinstance(index, np.ndarray | EmbeddingStore):
+        raise ValueError("an exact search reads the embeddings themselves: there is no index to save")
+    import faiss
+
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    aside = f"{path}.{os.getpid()}.incomplete"
+    if os.path.exists(f"{path}.json"):  # never the new index with the old description
+        os.remove(f"{path}.json")
+    if hasattr(faiss, "index_gpu_to_cpu") and not isinstance(index, faiss.IndexFlat) and "Gpu" in type(index).__name__:
+        index = faiss.index_gpu_to_cpu(index)
+    faiss.write_index(index, aside)
+    os.replace(aside, path)
+    with open(aside, "w", encoding="utf-8") as file:
+        json.dump({"num_passages": index.ntotal, "dim": index.d, **about}, file, indent=1, ensure_ascii=False)
+    os.replace(aside, f"{path}.json")
+
+
+def load_index(path: str, about: dict[str, Any]) -> Any:
+    """An index that `save_index` wrote.
+
+    Raises:
+        ValueError: it is not there, not complete, or was built from something else, naming what differs.
+    """
+    faiss = _import_faiss("saved")
+    assert faiss is not None
+    try:
+        with open(f"{path}.json", encoding="utf-8") as file:
+            found = json.load(file)
+        index = faiss.read_index(path)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"the index {path} cannot be read ({str(error).splitlines()[0]}): build it anew") from None
+    wanted = json.loads(json.dumps(about))
+    lines = [
+        f"{name}: {json.dumps(found.get(name))} in the index, {json.dumps(value)} here"
+        for name, value in wanted.items()
+        if found.get(name) != value
+    ]
+    if lines or (index.ntotal, index.d) != (found.get("num_passages"), found.get("dim")):
+        raise ValueError(f"the index {path} was built from something else: build it anew\n  " + "\n  ".join(lines))
+    return index
 
 
 def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,25 +267,39 @@ def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np
     return scores, indices
 
 
-def _search_torch(corpus_emb: np.ndarray, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search in blocks; holds the result and one block of the score matrix.
+def _search_torch(corpus_emb: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search in blocks; holds the result, one block of the corpus and one of the score matrix.
 
     `topk` keeps any of equal values. So each score is made one integer with its passage's number: the upper half sorts
-    as the score does, the lower half counts the passages down.
+    as the score does, the lower half counts the passages down. Once a query has k passages, only those that score more
+    than the last of them are looked at (a later passage of the same score has the larger number and loses).
     """
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    factor = GPU_BLOCK_FACTOR if device.type == "cuda" else 1
     num_passages = len(corpus_emb)
-    queries = torch.from_numpy(q_emb).to(device).split(QUERY_BLOCK)
+    queries = torch.from_numpy(q_emb).to(device).split(QUERY_BLOCK * factor)
     best = [torch.empty((len(rows), 0), dtype=torch.int64, device=device) for rows in queries]
     start = 0
-    for array in _float32_blocks(corpus_emb, CORPUS_BLOCK, "passage"):
+    for array in _float32_blocks(corpus_emb, CORPUS_BLOCK * factor, "passage"):
         block = torch.from_numpy(array).to(device)
         countdown = num_passages - 1 - torch.arange(start, start + len(block), device=device)
         for part, rows in enumerate(queries):
-            scores = rows @ block.T + 0.0  # turns -0.0, whose bits differ, into 0.0
-            keys = (_sortable(scores.view(torch.int32)).long() << 32) | countdown
+            scores = rows @ block.T
+            if best[part].shape[1] < k:
+                keys = _keys(scores, countdown)
+            else:
+                last = _sortable((best[part][:, -1] >> 32).int()).view(torch.float32)
+                place = _true_places((scores > last[:, None]).view(-1))
+                if not len(place):
+                    continue
+                row = place // len(block)
+                found = _keys(scores.view(-1)[place], countdown[place - row * len(block)])
+                num_found = torch.bincount(row, minlength=len(rows))
+                column = torch.arange(len(row), device=device) - (num_found.cumsum(0) - num_found)[row]
+                keys = found.new_full((len(rows), int(num_found.max())), torch.iinfo(torch.int64).min)
+                keys[row, column] = found
             keys = torch.cat([best[part], keys], dim=1)
             best[part] = keys.topk(min(k, keys.shape[1]), dim=1).values
         start += len(block)
@@ -127,15 +308,32 @@ def _search_torch(corpus_emb: np.ndarray, q_emb: np.ndarray, k: int) -> tuple[np
     return _sortable((keys >> 32).int()).view(torch.float32).cpu().numpy(), indices.cpu().numpy()
 
 
+def _keys(scores: Any, countdown: Any) -> Any:
+    """Scores (float32) and what counts the passages down as integers that sort by score, then by passage."""
+    import torch
+
+    scores = scores + 0.0  # turns -0.0, whose bits differ, into 0.0
+    return (_sortable(scores.view(torch.int32)).long() << 32) | countdown
+
+
+def _true_places(flags: Any) -> Any:
+    """Where a vector is true, ascending; NumPy finds the few many times as fast as torch on a CPU."""
+    import torch
+
+    return torch.from_numpy(np.flatnonzero(flags.numpy())) if flags.device.type == "cpu" else flags.nonzero()[:, 0]
+
+
 def _sortable(bits: Any) -> Any:
     """Bits of float32 numbers, as int32, to integers that sort as the numbers do; its own inverse."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-def _float32_blocks(embeddings: np.ndarray, size: int, what: str) -> Iterator[np.ndarray]:
-    """Consecutive rows as contiguous float32; raises ValueError at a number that is not finite."""
+def _float32_blocks(embeddings: Any, size: int, what: str) -> Iterator[np.ndarray]:
+    """Consecutive rows as contiguous float32 copies or views; raises ValueError at a number that is not finite."""
     for start in range(0, len(embeddings), size):
         block = np.ascontiguousarray(embeddings[start : start + size], dtype=np.float32)
+        if not block.flags.writeable:  # a view of a mapped file, which torch would warn of
+            block = block.copy()
         finite = np.isfinite(block).all(axis=1)
         if not finite.all():
             raise ValueError(
@@ -145,11 +343,27 @@ def _float32_blocks(embeddings: np.ndarray, size: int, what: str) -> Iterator[np
         yield block
 
 
-def _training_sample(corpus_emb: np.ndarray) -> np.ndarray:
+def _training_sample(corpus_emb: Any) -> np.ndarray:
     if len(corpus_emb) > MAX_TRAINING_VECTORS:
         chosen = np.random.default_rng(0).choice(len(corpus_emb), MAX_TRAINING_VECTORS, replace=False)
         corpus_emb = corpus_emb[np.sort(chosen)]
     return np.ascontiguousarray(corpus_emb, dtype=np.float32)
+
+
+def check_faiss_packages() -> None:
+    """Raises ValueError where two packages of FAISS are installed: they overwrite each other's files."""
+    installed = []
+    for name in FAISS_PACKAGES:
+        try:
+            version(name)
+            installed.append(name)
+        except PackageNotFoundError:
+            pass
+    if len(installed) > 1:
+        raise ValueError(
+            f"{' and '.join(installed)} are installed together and have overwritten each other's files; remove "
+            f"{' and '.join(installed[:-1])}: pip uninstall -y {' '.join(installed)}, then pip install {installed[-1]}"
+        )
 
 
 def _import_faiss(index_factory: str) -> ModuleType | None:
@@ -161,6 +375,7 @@ def _import_faiss(index_factory: str) -> ModuleType | None:
         raise ValueError(
             f"the index {index_factory!r} needs FAISS: pip install faiss-cpu (without it there is 'Flat' alone)"
         ) from None
+    check_faiss_packages()
     return faiss
 
 

@@ -11,6 +11,9 @@ A BEIR data set, judged by ids:
         --corpus_data scifact/corpus.jsonl --query_data scifact/queries.jsonl --qrels scifact/qrels/test.tsv \\
         --max_passage_length 512 --output_file results/scifact.json
 
+--save_embedding keeps the corpus's embeddings in the folder --save_path, --load_embedding takes them from there (from
+this script or scripts/encode_corpus.py), after a check that they are of this model, these texts and these settings.
+
 Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
 """
 
@@ -22,7 +25,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
-from bge_accel.config import Refusal, check_model_path, option, parse_config, required, user_errors
+from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation import (
     Evaluation,
     EvaluationData,
@@ -33,12 +36,12 @@ from bge_accel.evaluation import (
 )
 from bge_accel.reading import shorten
 from bge_accel.report import metrics_table
+from bge_accel.store import read_manifest
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
-_NO_STORE = Refusal("every run encodes the corpus itself and keeps nothing; drop the flag", ("False",))
-REFUSED = {"save_embedding": _NO_STORE, "load_embedding": _NO_STORE, "save_path": _NO_STORE}
+DEFAULT_SAVE_PATH = "embeddings"
 
 
 @dataclass(kw_only=True)
@@ -88,6 +91,16 @@ class Config:
     fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="encoding")
     bf16: bool = option(False, "bfloat16; without hardware for it float32", group="encoding")
 
+    save_embedding: bool = option(
+        False, "keep the corpus's embeddings in --save_path; one begun there and stopped goes on", group="encoding"
+    )
+    load_embedding: bool = option(
+        False, "take the corpus's embeddings from --save_path, if they are of this model and corpus", group="encoding"
+    )
+    save_path: str | None = option(
+        None, f"folder of the embedding store; default: {DEFAULT_SAVE_PATH}", group="encoding"
+    )
+
     output_file: str = option("metrics.json", "where metrics, counts and settings are written", group="output")
     save_ranking: str | None = option(None, "JSON lines: the top 10 of each query", group="output")
     show: int = option(0, "print the top 3 of so many queries", group="output")
@@ -105,6 +118,10 @@ def check(cfg: Config) -> None:
         raise ValueError("--add_instruction and --query_instruction_for_retrieval both say what to put before a query")
     if cfg.fp16 and cfg.bf16:
         raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+    if cfg.save_path is not None and not (cfg.save_embedding or cfg.load_embedding):
+        raise ValueError(f"--save_path {cfg.save_path} has no effect without --save_embedding or --load_embedding")
+    if cfg.load_embedding:
+        read_manifest(cfg.save_path or DEFAULT_SAVE_PATH)
     check_model_path("--encoder", cfg.encoder)
     inputs = [*cfg.corpus_data, *cfg.query_data, *([cfg.qrels] if cfg.qrels else [])]
     for name in ("output_file", "save_ranking"):
@@ -172,15 +189,19 @@ def main(cfg: Config) -> None:
             cutoffs=cfg.cutoffs,
             index_factory=cfg.index_factory,
             batch_size=cfg.batch_size,
+            save_path=(cfg.save_path or DEFAULT_SAVE_PATH) if cfg.save_embedding or cfg.load_embedding else None,
+            load_embedding=cfg.load_embedding,
             show_progress=sys.stderr.isatty(),
             **lengths,
         )
 
     # ---- report
-    settings = model.settings
+    settings, encoded = model.settings, model.counts
+    if encoded.num_truncated:
+        print(f"{encoded.num_truncated:,} of {encoded.num_texts:,} encoded texts were longer than allowed and were cut")
     result = {
         "metrics": evaluation.metrics,
-        "counts": counts,
+        "counts": counts | {"encoded_texts": encoded.num_texts, "truncated_texts": encoded.num_truncated},
         "seconds": {name: round(seconds, 3) for name, seconds in evaluation.seconds.items()},
         "model": {
             "pooling": settings.pooling,
@@ -193,6 +214,10 @@ def main(cfg: Config) -> None:
         "config": asdict(cfg),
         "versions": versions(),
     }
+    if evaluation.index_recall is not None:
+        result["index_recall"] = evaluation.index_recall
+        found = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.index_recall.items() if "@" in name)
+        print(f"{cfg.index_factory} against exact search: {found}")
     write_atomically(cfg.output_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     if cfg.save_ranking is not None:
         rows = ranking_rows(data, evaluation)
@@ -244,4 +269,4 @@ def write_atomically(path: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    main(parse_config(Config, description=__doc__.split("\n")[0]))

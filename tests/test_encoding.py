@@ -9,7 +9,19 @@ import pytest
 import torch
 
 from bge_accel import EmbeddingModel, FlagModel, encoding
-from bge_accel.encoding import cpu_has_bf16, default_device, encode_texts, prefetch, resolve_dtype
+from bge_accel.batching import tokenize
+from bge_accel.encoding import (
+    EncodingCounts,
+    cpu_has_bf16,
+    default_device,
+    encode_texts,
+    is_out_of_memory,
+    prefetch,
+    resolve_dtype,
+    tokenize_and_count,
+    tokenizer_digest,
+    weights_digest,
+)
 from bge_accel.model import load_encoder, save_encoder
 
 TEXTS = [
@@ -268,6 +280,124 @@ def test_flag_model_takes_flag_embeddings_arguments(folder, model):
 def test_flag_model_on_a_cpu_takes_the_fast_half_precision_if_any(folder):
     (dtype,) = {parameter.dtype for parameter in FlagModel(folder, devices="cpu").encoder.parameters()}
     assert dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32)
+
+
+# ---- memory, counts, stores
+
+
+@pytest.fixture
+def small_memory(model):
+    """The CPU's allocator fails, as it does where there is too little, on micro-batches above 200 tokens."""
+    seen = []
+
+    def allocate(module, args, kwargs):
+        size = kwargs["input_ids"].numel()
+        if size > 200:
+            torch.empty(2**50)
+        seen.append(size)
+
+    handle = model.encoder.register_forward_pre_hook(allocate, with_kwargs=True)
+    yield seen
+    handle.remove()
+
+
+def test_out_of_memory_halves_the_budget_and_goes_on(model, one_by_one, small_memory, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", 100)
+    counts, many = EncodingCounts(), TEXTS * 10
+    with pytest.warns(RuntimeWarning, match=r"out of memory with [\d,]+ tokens in a micro-batch: at most") as warned:
+        ours = encode_texts(model.encoder, model.tokenizer, many, max_length=128, counts=counts)
+    assert close(ours, np.tile(one_by_one, (10, 1))) and max(small_memory) <= 200
+    assert 100 <= counts.max_tokens <= 200 and len(warned) <= 4  # halved until it fits, and kept for all that follows
+    assert counts.num_texts == len(many)
+
+
+def test_other_errors_are_not_taken_for_a_small_memory(model, small_memory, monkeypatch):
+    monkeypatch.setattr(torch, "empty", None)
+    with pytest.raises(TypeError, match="not callable"):
+        model.encode(TEXTS)
+    assert not is_out_of_memory(RuntimeError("shapes cannot be multiplied")) and not is_out_of_memory(KeyError())
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory")) and is_out_of_memory(MemoryError())
+    handle = model.encoder.register_forward_hook(lambda *_: torch.ones(2) @ torch.ones(3))
+    try:
+        with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+            model.encode("a")
+    finally:
+        handle.remove()
+
+
+def test_a_single_text_that_does_not_fit_is_an_error(model, small_memory, monkeypatch):
+    handle = model.encoder.register_forward_pre_hook(lambda *_: torch.empty(2**50) and None)
+    try:
+        with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+            model.encode("a")
+    finally:
+        handle.remove()
+
+
+def test_texts_that_are_cut_are_counted(folder):
+    model = EmbeddingModel(folder, device="cpu")
+    model.encode(["king " * number for number in range(20)], max_length=10)  # 8 words and two special tokens
+    assert (model.counts.num_texts, model.counts.num_truncated) == (20, 11)
+    assert model.counts.num_tokens == sum(min(number + 2, 10) for number in range(20))
+    model.encode_queries(["king " * 6, "king " * 7], max_length=10)  # the instruction takes two
+    assert (model.counts.num_texts, model.counts.num_truncated) == (22, 12)
+
+
+@pytest.mark.parametrize("max_length", [3, 8, 128])
+def test_tokens_are_those_of_the_tokenizer(model, real_model, max_length):
+    real = load_encoder(real_model)[1]
+    for tokenizer in (model.tokenizer, real):
+        ours, num_truncated = tokenize_and_count(tokenizer, TEXTS, max_length)
+        assert ours == tokenize(tokenizer, TEXTS, max_length)
+        assert num_truncated == sum(len(ids) > max_length for ids in tokenize(tokenizer, TEXTS, 10_000))
+    assert tokenize_and_count(real, [], 8) == ([], 0)
+
+
+def test_a_saved_corpus_is_what_encoding_gives_and_is_not_encoded_again(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(encoding, "WINDOW", 8)
+    model = EmbeddingModel(folder, device="cpu", passage_max_length=20)
+    store = model.save_corpus(str(tmp_path / "s"), TEXTS, batch_size=3, shard_size=16)
+    np.testing.assert_array_equal(store[:], model.encode_corpus(TEXTS, batch_size=3))
+    encoded = model.counts.num_texts
+    np.testing.assert_array_equal(model.save_corpus(str(tmp_path / "s"), TEXTS)[:], store[:])
+    np.testing.assert_array_equal(model.open_corpus(str(tmp_path / "s"), iter(TEXTS))[:], store[:])
+    assert model.counts.num_texts == encoded
+    queries = model.save_corpus(str(tmp_path / "q"), TEXTS, kind="query", dtype="float16")
+    np.testing.assert_array_equal(queries[:], model.encode_queries(TEXTS).astype(np.float16))
+    with pytest.raises(ValueError, match="the maximum length in tokens: 20 in the store, 21 here"):
+        model.open_corpus(str(tmp_path / "s"), TEXTS, max_length=21)
+    with pytest.raises(ValueError, match="no texts"):
+        model.save_corpus(str(tmp_path / "none"), [])
+
+
+def test_an_error_while_encoding_leaves_whole_shards_alone(model, tmp_path):
+    rows = []
+
+    def fail(module, args, kwargs):
+        rows.append(len(kwargs["input_ids"]))
+        if sum(rows) > 20:
+            raise KeyError("third")
+
+    handle = model.encoder.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(KeyError, match="third"):
+        model.save_corpus(str(tmp_path / "s"), TEXTS, shard_size=10, batch_size=10)
+    handle.remove()
+    names = sorted(path.name for path in (tmp_path / "s").iterdir() if path.name != ".lock")
+    assert names == ["manifest.json", "shard-00000.npy", "shard-00001.npy"]
+    assert len(model.save_corpus(str(tmp_path / "s"), TEXTS, batch_size=10)) == len(TEXTS)
+
+
+def test_digests_are_of_all_weights_and_of_nothing_else(folder, model):
+    again = EmbeddingModel(folder, device="cpu")
+    assert weights_digest(again.encoder) == weights_digest(model.encoder)
+    model.encode(TEXTS, max_length=7)  # sets the tokenizer's way of cutting
+    assert tokenizer_digest(again.tokenizer) == tokenizer_digest(model.tokenizer)
+    seen = {weights_digest(again.encoder)}
+    for parameter in again.encoder.parameters():
+        with torch.no_grad():
+            parameter.view(-1)[-1] += 1e-3
+        seen.add(weights_digest(again.encoder))
+    assert len(seen) == 1 + len(list(again.encoder.parameters()))
 
 
 # ---- prefetch

@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+from conftest import REPO
+from warm_start import Job, end_all
 
 from bge_accel.report import moved_into_top
 
@@ -18,6 +20,12 @@ QUERIES = [
     {"query": "the story of a king", "positive": ["a king and a princess in a story"]},
     {"query": "return list", "positive": ["return the list of string", "not in the corpus"]},
 ]
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_running():
+    yield
+    end_all()
 
 
 @pytest.fixture
@@ -87,8 +95,12 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
         (["--save_ranking", "metrics.json"], "--save_ranking and --output_file are both metrics.json"),
         (["--encoder", "./nowhere"], "--encoder ./nowhere is not a folder"),
         (["--fp16", "--bf16"], "exclude each other"),
-        (["--save_embedding"], "--save_embedding is not available: every run encodes the corpus itself"),
-        (["--save_path", "x.memmap"], "--save_path is not available"),
+        (["--load_embedding"], "embeddings is no embedding store, it has no manifest.json"),
+        (["--load_embedding", "--save_path", "x"], "x is no embedding store"),
+        (
+            ["--save_path", "x.memmap"],
+            "--save_path x.memmap has no effect without --save_embedding or --load_embedding",
+        ),
         (["--pooling_method", "max"], "'max' is not one of cls, mean, last_token"),
         (["--qrels", "none.tsv"], "none.tsv: cannot be read"),
         (["--query_data", "toy_corpus.json"], 'toy_corpus.json:1: "query" or "text" is missing'),
@@ -106,13 +118,67 @@ def test_mistakes_that_need_the_model(run_script, tiny_model, toy):
     assert "FAISS cannot build the index 'Flatt'" in done.stderr and "Traceback" not in done.stderr
 
 
+def measured(path):
+    result = json.loads(path.read_text())
+    return result["metrics"], result["counts"]["encoded_texts"]
+
+
+def test_a_stored_corpus_gives_the_same_result(real_model, tmp_path):
+    """Saved, loaded, and made by encode_corpus.py: the metrics of encoding everything anew."""
+    rows = [{"content": f"{'king ' * (i % 9)}story {i}"} for i in range(200)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    queries = [{"query": f"what is story {i}", "positive": [rows[i]["content"]]} for i in range(0, 200, 2)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+
+    def evaluate(name, *args, corpus="c.jsonl", status=0):
+        return Job(
+            *("--encoder", real_model, "--corpus_data", corpus, "--query_data", "q.jsonl", "--k", 50, *args),
+            *("--output_file", name, "--save_ranking", f"{name}.ranking"),
+            cwd=tmp_path,
+            script=REPO / "scripts" / SCRIPT,
+        ).ends(status)
+
+    evaluate("plain")
+    metrics, num_encoded = measured(tmp_path / "plain")
+    assert num_encoded == 300 and 0 < metrics["MRR@10"] < 1
+    evaluate("saved", "--save_embedding")
+    assert measured(tmp_path / "saved") == (metrics, 300)
+    evaluate("loaded", "--load_embedding")
+    assert measured(tmp_path / "loaded") == (metrics, 100)  # the queries alone
+    evaluate("again", "--save_embedding", "--load_embedding", "--save_path", "embeddings")
+    assert measured(tmp_path / "again") == (metrics, 100)
+    ranked = {
+        name: [json.loads(line)["ranked_ids"] for line in open(tmp_path / f"{name}.ranking")]
+        for name in ("plain", "loaded")
+    }
+    assert ranked["loaded"] == ranked["plain"]
+
+    Job(
+        *("--model_name_or_path", real_model, "--corpus_data", "c.jsonl", "--output_dir", "store", "--max_length", 128),
+        *("--precision", "fp32", "--batch_size", 256),
+        cwd=tmp_path,
+        script=REPO / "scripts" / "encode_corpus.py",
+    ).ends()
+    evaluate("from_store", "--load_embedding", "--save_path", "store")
+    assert measured(tmp_path / "from_store") == (metrics, 100)
+
+    said = evaluate("hnsw", "--load_embedding", "--index_factory", "HNSW8")
+    result = json.loads((tmp_path / "hnsw").read_text())
+    assert "HNSW8 against exact search: recall@1 " in said and 0 < result["index_recall"]["recall@10"] <= 1
+
+    (tmp_path / "c2.jsonl").write_text("".join(json.dumps(row) + "\n" for row in [*rows[:-1], {"content": "another"}]))
+    said = evaluate("no", "--load_embedding", "--max_passage_length", 16, corpus="c2.jsonl", status=2)
+    assert "the maximum length in tokens: 128 in the store, 16 here" in said and "the texts (digest)" in said
+    assert not (tmp_path / "no").exists()
+
+
 def test_help_is_instant(run_script):
     started = time.perf_counter()
     done = run_script(SCRIPT, "--help")
     assert time.perf_counter() - started < 3
     for flag in ("--encoder", "--qrels", "--save_ranking", "--index_factory"):
         assert flag in done.stdout
-    assert "save_embedding" not in done.stdout
+    assert "--load_embedding" in done.stdout
 
 
 def test_finds_what_it_should(run_script, real_model, toy, tmp_path):

@@ -1,13 +1,29 @@
 """Search against brute force in float64, with FAISS and without."""
 
+import os
 import subprocess
 import sys
+import threading
+from importlib.metadata import distributions
+from itertools import pairwise
 
 import numpy as np
 import pytest
+from conftest import REPO
+from warm_start import FORKS
 
 from bge_accel import search as search_module
-from bge_accel.search import build_index, check_index_factory, search
+from bge_accel.search import (
+    build_index,
+    check_index_factory,
+    index_recall,
+    load_index,
+    merge_results,
+    save_index,
+    search,
+    search_over_processes,
+)
+from bge_accel.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
 
 
 @pytest.fixture(params=["faiss", "torch"])
@@ -183,3 +199,258 @@ print("alike")
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.stdout == "alike\n", done.stderr
+
+
+# ---- stores and mapped files
+
+
+def on_disk(kind, folder, embeddings, shard_size=100):
+    """The embeddings as an `EmbeddingStore` or a mapped file."""
+    if kind == "memmap":
+        np.save(folder / "emb.npy", embeddings)
+        return np.load(folder / "emb.npy", mmap_mode="r")
+    manifest = Manifest(*embeddings.shape, str(embeddings.dtype), shard_size)
+    for shard in prepare_store(str(folder / "store"), manifest)[1]:
+        writer = ShardWriter(str(folder / "store"), manifest, shard)
+        writer.add(embeddings[slice(*manifest.rows_of(shard))])
+        writer.finish()
+    return EmbeddingStore(str(folder / "store"))
+
+
+@pytest.mark.parametrize("kind", ["store", "memmap"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+@pytest.mark.parametrize("k", [1, 30, 2000])
+def test_exact_on_disk(backend, kind, dtype, k, tmp_path, monkeypatch):
+    """Blocks, shards and k of all sizes; also more than the corpus holds."""
+    monkeypatch.setattr(search_module, "CORPUS_BLOCK", 128)
+    monkeypatch.setattr(search_module, "QUERY_BLOCK", 16)
+    rng = np.random.default_rng(k)
+    corpus_emb = rng.standard_normal((1050, 24)).astype(dtype)
+    q_emb = rng.standard_normal((37, 24)).astype(np.float32)
+    index = build_index(on_disk(kind, tmp_path, corpus_emb))
+    assert isinstance(index, EmbeddingStore if kind == "store" else np.memmap)  # nothing was copied
+    scores, indices = search(index, q_emb, k)
+    expected_scores, expected = brute_force(corpus_emb, q_emb, k)
+    assert indices.shape == (37, min(k, 1050)) and scores.dtype == np.float32
+    np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+    np.testing.assert_array_equal(indices, expected)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_ties_on_disk_go_to_the_smaller_index(seed, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_module, "CORPUS_BLOCK", 64)
+    monkeypatch.setattr(search_module, "QUERY_BLOCK", 16)
+    rng = np.random.default_rng(seed)
+    num_passages, k = int(rng.integers(1, 600)), int(rng.integers(1, 100))
+    corpus_emb = rng.integers(-1, 2, size=(num_passages, 6)).astype(np.float16)
+    q_emb = rng.integers(-1, 2, size=(30, 6)).astype(np.float32)
+    scores, indices = search(build_index(on_disk("store", tmp_path, corpus_emb, 50)), q_emb, k)
+    expected_scores, expected = brute_force(corpus_emb, q_emb, k)
+    np.testing.assert_array_equal(scores, expected_scores)
+    np.testing.assert_array_equal(indices, expected)
+
+
+@pytest.mark.parametrize("order", ["rising", "falling"])
+def test_scores_that_rise_through_the_corpus(order, tmp_path, monkeypatch):
+    """Every block brings better passages than all before it, or none does."""
+    monkeypatch.setattr(search_module, "CORPUS_BLOCK", 64)
+    rng = np.random.default_rng(0)
+    lengths = np.linspace(1, 50, 1000) if order == "rising" else np.linspace(50, 1, 1000)
+    corpus_emb = (np.abs(rng.standard_normal((1000, 8))) * lengths[:, None]).astype(np.float32)
+    q_emb = np.abs(rng.standard_normal((20, 8))).astype(np.float32)
+    found = search(build_index(on_disk("store", tmp_path, corpus_emb)), q_emb, 25)[1]
+    np.testing.assert_array_equal(found, brute_force(corpus_emb, q_emb, 25)[1])
+
+
+def test_a_damaged_mapped_file_is_found(tmp_path):
+    corpus_emb = np.ones((300, 4), dtype=np.float32)
+    corpus_emb[250, 2] = np.inf
+    with pytest.raises(ValueError, match="embedding of passage 250"):
+        build_index(on_disk("memmap", tmp_path, corpus_emb))
+
+
+def anonymous_memory():
+    with open("/proc/self/status", encoding="utf-8") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("RssAnon"))
+
+
+def growth_of(work):
+    """Result of `work()`, and by how many MB the anonymous memory had grown at most while it ran."""
+    before, most, is_over = anonymous_memory(), 0.0, threading.Event()
+
+    def watch():
+        nonlocal most
+        while not is_over.wait(0.002):
+            most = max(most, anonymous_memory() - before)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        result = work()
+    finally:
+        is_over.set()
+        thread.join()
+    return result, most
+
+
+def test_memory_of_a_search_on_disk(tmp_path):
+    """The corpus takes 98 MB in float32, its scores 77."""
+    corpus_emb = np.random.default_rng(0).standard_normal((200_000, 128), dtype=np.float32).astype(np.float16)
+    store, q_emb = on_disk("store", tmp_path, corpus_emb, 30_000), corpus_emb[:100].astype(np.float32)
+    search(build_index(store[:10_000].copy()), q_emb, 10)  # imports, and what torch sets aside once
+    (_, indices), grown = growth_of(lambda: search(build_index(store), q_emb, 50))
+    assert (indices[:, 0] == np.arange(100)).all() and grown < 50, grown
+
+
+@pytest.mark.slow
+def test_a_million_passages_and_ten_thousand_queries(tmp_path):
+    """Under 2 GB beyond the mapped files (which hold 3)."""
+    rng = np.random.default_rng(0)
+    manifest = Manifest(1_000_000, 768, "float32", 50_000)
+    for shard in prepare_store(str(tmp_path / "store"), manifest)[1]:
+        writer = ShardWriter(str(tmp_path / "store"), manifest, shard)
+        writer.add(rng.standard_normal((50_000, 768), dtype=np.float32))
+        writer.finish()
+    store = EmbeddingStore(str(tmp_path / "store"))
+    chosen = np.arange(0, 1_000_000, 100)
+    q_emb = store[chosen]
+    (_, indices), grown = growth_of(lambda: search(build_index(store), q_emb, 100))
+    assert (indices[:, 0] == chosen).all() and grown < 2000, grown
+
+
+# ---- parts, saved indexes, recall
+
+
+@pytest.mark.parametrize("k", [1, 20, 500])
+def test_parts_merge_to_the_whole(k):
+    rng = np.random.default_rng(k)
+    corpus_emb = rng.integers(-1, 2, size=(300, 5)).astype(np.float32)  # ties across the parts
+    q_emb = rng.integers(-1, 2, size=(15, 5)).astype(np.float32)
+    cuts = [0, 120, 123, 300]
+    parts = [search(build_index(corpus_emb[a:b]), q_emb, k) for a, b in pairwise(cuts)]
+    scores, indices = merge_results(parts, cuts[:-1], k)
+    whole = search(build_index(corpus_emb), q_emb, k)
+    np.testing.assert_array_equal(scores, whole[0])
+    np.testing.assert_array_equal(indices, whole[1])
+
+
+def test_what_was_not_found_merges_last():
+    parts = [(np.array([[0.5, -np.inf]]), np.array([[3, -1]])), (np.array([[0.9, 0.1]]), np.array([[1, 0]]))]
+    scores, indices = merge_results(parts, [0, 100], 4)
+    assert indices.tolist() == [[101, 3, 100, -1]] and scores.tolist() == [[0.9, 0.5, 0.1, -np.inf]]
+
+
+def search_a_part(rank, meet):
+    """What one of three processes does; exits with 0 if it finds what one with the whole finds."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=3)
+    emb = np.random.default_rng(0).integers(-1, 2, size=(400, 6)).astype(np.float32)
+    start, stop = [(0, 150), (150, 400), (400, 400)][rank]
+    ours = search_over_processes(build_index(emb[start:stop]) if stop > start else None, emb[:50], 30, start)
+    whole = search(build_index(emb), emb[:50], 30)
+    dist.barrier()
+    np.testing.assert_array_equal(ours[0], whole[0])
+    np.testing.assert_array_equal(ours[1], whole[1])
+
+
+def test_a_corpus_spread_over_processes(tmp_path):
+    """Two processes with a part each, and a third that holds nothing, all get what one with the whole finds."""
+    processes = [FORKS.Process(target=search_a_part, args=(rank, str(tmp_path / "meet"))) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 3
+
+
+@pytest.mark.parametrize("index_factory", ["Flat", "IVF16,Flat", "HNSW16"])
+def test_a_saved_index_answers_alike(index_factory, tmp_path):
+    pytest.importorskip("faiss")
+    corpus_emb, q_emb = unit_vectors(2000), unit_vectors(20, seed=1)
+    index, about = build_index(corpus_emb, index_factory), {"index_factory": index_factory, "texts": "aa"}
+    path = str(tmp_path / "deep" / "index")
+    save_index(index, path, about)
+    for ours, theirs in zip(search(load_index(path, about), q_emb, 10), search(index, q_emb, 10), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert sorted(os.listdir(tmp_path / "deep")) == ["index", "index.json"]
+    with pytest.raises(ValueError, match='texts: "aa" in the index, "bb" here'):
+        load_index(path, about | {"texts": "bb"})
+
+
+def test_indexes_that_cannot_be_saved_or_loaded(tmp_path):
+    pytest.importorskip("faiss")
+    store = on_disk("store", tmp_path, unit_vectors(300))
+    with pytest.raises(ValueError, match="there is no index to save"):
+        save_index(build_index(store), str(tmp_path / "index"), {})
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_index(str(tmp_path / "index"), {})
+    save_index(build_index(store, "HNSW8"), str(tmp_path / "index"), {})
+    save_index(build_index(unit_vectors(10), "HNSW8"), str(tmp_path / "other"), {})
+    os.replace(tmp_path / "other", tmp_path / "index")  # the index of one with the description of another
+    with pytest.raises(ValueError, match="built from something else"):
+        load_index(str(tmp_path / "index"), {})
+    with open(tmp_path / "index", "r+b") as file:
+        file.truncate(100)
+    with pytest.raises(ValueError, match="cannot be read"):
+        load_index(str(tmp_path / "index"), {})
+
+
+@pytest.mark.parametrize("kind", ["array", "store"])
+def test_recall_of_an_approximate_index(kind, tmp_path):
+    pytest.importorskip("faiss")
+    corpus_emb, q_emb = unit_vectors(3000), unit_vectors(60, seed=1)
+    corpus = corpus_emb if kind == "array" else on_disk("store", tmp_path, corpus_emb, 700)
+    assert index_recall(build_index(corpus), corpus, q_emb) == {
+        "recall@1": 1, "recall@10": 1, "recall@100": 1, "queries": 60,
+    }  # fmt: skip
+    index = build_index(corpus, "IVF64,Flat")
+    found, exact = search(index, q_emb, 10)[1], brute_force(corpus_emb, q_emb, 10)[1]
+    expected = np.mean([len(set(ours) & set(true)) / 10 for ours, true in zip(found, exact, strict=True)])
+    recall = index_recall(index, corpus, q_emb, [10])
+    assert recall["recall@10"] == pytest.approx(expected) and 0.2 < expected < 0.95
+    assert index_recall(index, corpus, q_emb, [10], max_queries=7)["queries"] == 7
+
+
+def test_tied_passages_count_as_found():
+    """Whichever copies of the same text an index finds: this one has the last of them first."""
+    faiss = pytest.importorskip("faiss")
+    corpus_emb = np.repeat(unit_vectors(20), 30, axis=0)
+    index = faiss.IndexIDMap(faiss.IndexFlatIP(16))
+    index.add_with_ids(corpus_emb[::-1].copy(), np.arange(600)[::-1].copy())
+    assert (search(index, unit_vectors(20), 10)[1][0] >= 20).all()
+    assert index_recall(index, corpus_emb, unit_vectors(20), [10])["recall@10"] == 1
+
+
+# ---- packages
+
+
+def test_two_packages_of_faiss_are_an_error(tmp_path, monkeypatch):
+    installed = [name for name in search_module.FAISS_PACKAGES if any(distributions(name=name))]
+    assert len(installed) <= 1
+    search_module.check_faiss_packages()
+    for name in ("faiss-cpu", "faiss-gpu"):
+        if name not in installed:
+            folder = tmp_path / f"{name.replace('-', '_')}-1.15.1.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.15.1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(
+        ValueError, match="remove faiss-cpu: pip uninstall -y faiss-cpu faiss-gpu, then pip install faiss-gpu"
+    ):
+        build_index(np.eye(3, dtype=np.float32))
+
+
+def test_the_requirements_for_gpus_differ_in_faiss_alone():
+    def lines(name):
+        with open(REPO / name, encoding="utf-8") as file:
+            return [line.strip() for line in file if line.strip() and not line.startswith("#")]
+
+    assert [line.replace("faiss-gpu", "faiss-cpu") for line in lines("requirements-gpu.txt")] == lines(
+        "requirements.txt"
+    )
+
+
+def test_a_gpu_that_is_not_there_is_an_error():
+    with pytest.raises(ValueError, match="there is no GPU to search on: drop --use_gpu_for_searching"):
+        build_index(np.eye(3, dtype=np.float32), use_gpu=True)

@@ -9,11 +9,13 @@ import runpy
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from conftest import REPO
+from tqdm import tqdm
 
 SCRIPT = REPO / "scripts" / "finetune.py"
 FORKS = multiprocessing.get_context("forkserver")
@@ -32,6 +34,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: str) -> None
     os.dup2(handle, 2)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
+    tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is killed would leave it behind
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     runpy.run_path(argv[0], run_name="__main__")

@@ -26,8 +26,8 @@ PYTHON
 # torchrun or `accelerate launch` the training would hear of nothing. Of the launcher only its reading of the YAML is
 # wanted: the variables that it sets.
 settings=$(
-  accelerate launch --config_file "$ACCELERATE_CONFIG" --num_processes 1 --num_machines 1 --no_python env |
-    grep -E '^(ACCELERATE|FSDP|PARALLELISM_CONFIG)_'
+  accelerate launch --config_file "$ACCELERATE_CONFIG" --num_machines 1 --num_processes 1 --main_process_port 0 \
+    --no_python env | grep -E '^(ACCELERATE|FSDP|PARALLELISM_CONFIG)_'
 )
 mapfile -t settings <<<"$settings"
 export "${settings[@]}"

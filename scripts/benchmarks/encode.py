@@ -1,0 +1,168 @@
+"""Real tokens a second of encoding, beside sentence-transformers and FlagEmbedding, in one run.
+
+    python scripts/benchmarks/encode.py --model_name_or_path MODEL --corpus_data data/code_search/corpus.jsonl
+
+The same texts, weights, maximum length and pooling for all; tokens are counted without padding. In turns, and the best
+of --rounds counts. Each tool runs with its own batching: both others sort by length and cut batches of 32 and of 256
+texts, of which the better counts. "default" is each tool as it comes: here the precision that encode_corpus.py
+chooses, in sentence-transformers float32, in FlagEmbedding its default (float16, which on a CPU is float32). The last
+column is the share of this machine's rate for large matrix products in the same precision, measured in the same run.
+A tool that is not installed is left out, which the output says.
+"""
+
+import importlib.util
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bge_accel.config import option, parse_config, required, user_errors
+from bge_accel.evaluation import corpus_rows
+from bge_accel.reading import Faults
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What to measure."""
+
+    model_name_or_path: str = required("folder or hub name of an encoder")
+    corpus_data: list[str] = required('files of passages {"content" or "text"}')
+    num_texts: int = option(2000, "texts drawn at random from the corpus, in random order")
+    max_length: int = option(256, "tokens that a text is cut to")
+    rounds: int = option(3, "times that each is measured; the best counts")
+    precisions: list[str] = option(["fp32", "bf16", "default"], "which to measure")
+
+
+def matmul_rate(dtype: Any, device: Any) -> float:
+    """Floating-point operations a second of a large product, the best of five."""
+    import torch
+
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+def flops(encoder: Any, lengths: np.ndarray) -> float:
+    """Floating-point operations of the matrix products that texts of these lengths need (no padding)."""
+    import torch
+
+    config = encoder.backbone.config
+    weights = sum(
+        module.weight.numel()
+        for name, module in encoder.backbone.named_modules()
+        if isinstance(module, torch.nn.Linear) and "pooler" not in name
+    )
+    attention = 4 * config.num_hidden_layers * config.hidden_size * float((lengths.astype(np.float64) ** 2).sum())
+    return 2 * weights * float(lengths.sum()) + attention
+
+
+def main(cfg: Config) -> None:
+    import torch
+
+    from bge_accel.batching import tokenize
+    from bge_accel.encoding import EmbeddingModel, cpu_has_bf16, default_device
+
+    device = default_device()
+    with user_errors():
+        faults = Faults()
+        texts = [text for _, _, text, _ in corpus_rows(cfg.corpus_data, faults)]
+        faults.raise_if_any()
+        chosen = np.random.default_rng(0).permutation(len(texts))[: cfg.num_texts]
+        texts = [texts[i] for i in chosen]
+        if device.type == "cpu" and not cpu_has_bf16() and "bf16" in cfg.precisions:
+            print("this CPU has no bfloat16 arithmetic: bf16 is left out", file=sys.stderr)
+            cfg.precisions = [name for name in cfg.precisions if name != "bf16"]
+        auto = "fp16" if device.type == "cuda" else "bf16" if cpu_has_bf16() else "fp32"
+        dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+        # Without the model's instructions: only the encoding itself is compared.
+        models = {
+            name: EmbeddingModel(cfg.model_name_or_path, dtype=dtypes[auto if name == "default" else name])
+            for name in cfg.precisions
+        }
+    first = next(iter(models.values()))
+    length = min(cfg.max_length, first.max_length)
+    lengths = np.array([len(ids) for ids in tokenize(first.tokenizer, texts, length)])
+    num_tokens, work = int(lengths.sum()), flops(first.encoder, lengths)
+    print(
+        f"{len(texts):,} texts, {num_tokens:,} tokens (mean {lengths.mean():.0f}, at most {length}), {device}",
+        flush=True,
+    )
+
+    tools: dict[tuple[str, str], Callable[[], Any]] = {}
+    for name, model in models.items():
+        tools[name, "bge_accel"] = partial(model.encode, texts, max_length=length)
+    if importlib.util.find_spec("sentence_transformers"):
+        from sentence_transformers import SentenceTransformer
+
+        for name in models:
+            other = SentenceTransformer(cfg.model_name_or_path, device=str(device))
+            other.max_seq_length = length
+            if name != "default":
+                other = other.to(dtypes[name])
+            for size in (32,) if name == "default" else (32, 256):
+                tools[name, f"sentence-transformers, {size}"] = partial(
+                    other.encode, texts, batch_size=size, show_progress_bar=False, convert_to_tensor=True
+                )
+    if importlib.util.find_spec("FlagEmbedding"):
+        from FlagEmbedding import FlagModel
+
+        for name in models:
+            chosen_dtype = {} if name == "default" else {"use_fp16": False, "use_bf16": name == "bf16"}
+            flag = FlagModel(
+                cfg.model_name_or_path,
+                devices=[str(device)],
+                pooling_method=first.settings.pooling,
+                normalize_embeddings=bool(first.settings.normalize),
+                **chosen_dtype,
+            )
+            for size in (256,) if name == "default" else (32, 256):
+                tools[name, f"FlagEmbedding, {size}"] = partial(flag.encode, texts, batch_size=size, max_length=length)
+    for package in ("sentence_transformers", "FlagEmbedding"):
+        if not importlib.util.find_spec(package):
+            print(f"{package} is not installed and left out", file=sys.stderr)
+
+    best: dict[tuple[str, str], float] = {}
+    outputs: dict[tuple[str, str], np.ndarray] = {}
+    rates: dict[str, float] = {}
+    for number in range(cfg.rounds + 1):  # the first to warm up
+        for key, encode in tools.items():
+            start = time.perf_counter()
+            found: Any = encode()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds = time.perf_counter() - start
+            outputs[key] = (
+                found.float().cpu().numpy() if isinstance(found, torch.Tensor) else np.asarray(found, np.float32)
+            )
+            if number:
+                best[key] = min(best.get(key, seconds), seconds)
+        for name, model in models.items():
+            rates[name] = max(rates.get(name, 0.0), matmul_rate(next(model.encoder.parameters()).dtype, device))
+    for name in models:
+        ours = best[name, "bge_accel"]
+        reference = outputs[name, "bge_accel"]
+        for (precision, tool), seconds in best.items():
+            if precision != name:
+                continue
+            ratio = "" if tool == "bge_accel" else f"  ours is {seconds / ours:.2f}x as fast"
+            share = (
+                f"  {work / seconds / rates[name]:.0%} of {rates[name] / 1e9:,.0f} GFLOP/s"
+                if tool == "bge_accel"
+                else ""
+            )
+            norms = np.linalg.norm(outputs[precision, tool], axis=1) * np.linalg.norm(reference, axis=1)
+            cosine = ((outputs[precision, tool] * reference).sum(1) / norms).min()
+            print(f"{name:8}{tool:28}{num_tokens / seconds:10,.0f} tokens/s  cosine {cosine:.5f}{share}{ratio}")
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__.split("\n")[0]))

@@ -1,0 +1,278 @@
+"""Encode a corpus of any size into an embedding store, which evaluation and mining read in place.
+
+    python scripts/encode_corpus.py --model_name_or_path BAAI/bge-small-en-v1.5 --corpus_data corpus.jsonl \\
+        --output_dir embeddings --max_length 512
+
+Several processes share the shards, each taking the next that is free:
+
+    accelerate launch --multi_gpu --num_processes 8 scripts/encode_corpus.py --model_name_or_path BAAI/bge-m3 \\
+        --corpus_data corpus/ --output_dir embeddings --dtype float16
+    torchrun --nproc_per_node 2 scripts/encode_corpus.py ...    (on CPUs)
+
+Stopped or killed, the same command goes on with the shards that are missing. Texts are read twice, the first time to
+check every row and to note which texts these are, and never held: memory does not grow with the corpus.
+
+Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
+
+from bge_accel.config import check_model_path, option, parse_config, required, user_errors
+from bge_accel.evaluation import corpus_rows, query_rows
+from bge_accel.reading import Faults
+from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing
+
+# Heavy packages are imported inside main(), after the arguments have been checked.
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What to encode, with what, and where to."""
+
+    model_name_or_path: str = required("folder or hub name of the embedding model", group="model")
+    corpus_data: list[str] = required(
+        'files, globs or folders of rows {"content" or "text"}, optional "title"; with --kind query {"query" or "text"}',
+        group="data",
+    )
+    output_dir: str = required("folder of the embedding store; one begun there is gone on with", group="output")
+
+    kind: Literal["passage", "query"] = option(
+        "passage", "whether the texts are passages or queries: which instruction stands before each", group="data"
+    )
+    query_instruction_for_retrieval: str | None = option(
+        None, 'put before each query; "" for none; default: what the model says of itself', group="model"
+    )
+    passage_instruction_for_retrieval: str | None = option(
+        None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
+    )
+    pooling_method: Literal["cls", "mean", "last_token"] | None = option(
+        None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
+    )
+    normalize_embeddings: bool | None = option(
+        None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
+    )
+    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
+    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
+
+    max_length: int | None = option(
+        None, "tokens that a text is cut to, special tokens included; default: the model's own", group="encoding"
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32", group="encoding"
+    )
+    max_tokens_per_micro_batch: int | None = option(
+        None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)",
+        group="encoding",
+    )  # fmt: skip
+    batch_size: int | None = option(None, "at most so many texts in one forward pass", group="encoding")
+
+    dtype: Literal["float16", "float32"] = option("float32", "to store in", group="output")
+    shard_size: int | None = option(
+        None, "texts in a shard: what a kill can cost; default: 4,096 to 65,536, fewer for several processes",
+        group="output",
+    )  # fmt: skip
+    disable_tqdm: bool = option(False, "no progress bar", group="output")
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is read."""
+    for name in ("max_length", "max_tokens_per_micro_batch", "batch_size", "shard_size"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: it has to be at least 1")
+    other = "passage" if cfg.kind == "query" else "query"
+    if getattr(cfg, f"{other}_instruction_for_retrieval") is not None:
+        raise ValueError(f"--{other}_instruction_for_retrieval has no effect with --kind {cfg.kind}; drop it")
+    check_model_path("--model_name_or_path", cfg.model_name_or_path)
+
+
+def read_texts(cfg: Config, faults: Faults) -> Iterator[str]:
+    """The texts to encode, one at a time, in the order of the files."""
+    if cfg.kind == "query":
+        yield from (query for _, _, query in query_rows(cfg.corpus_data, faults))
+    else:
+        yield from (text for _, _, text, _ in corpus_rows(cfg.corpus_data, faults))
+
+
+class ForwardReader:
+    """Texts by number from an iterator that only goes forward; what is passed over is not kept."""
+
+    def __init__(self, texts: Iterator[str]) -> None:
+        self.texts, self.position = texts, 0
+
+    def __call__(self, start: int, stop: int) -> list[str]:
+        """Texts `start` to `stop`; each call has to start where the last one stopped, or after."""
+        assert start >= self.position
+        for _ in islice(self.texts, start - self.position):
+            pass
+        found = list(islice(self.texts, stop - start))
+        if len(found) < stop - start:
+            raise ValueError("the files hold fewer texts than a moment ago: they must not change while they are read")
+        self.position = stop
+        return found
+
+
+class SharedCounters:
+    """Numbers that all processes add to; in one process plain ones."""
+
+    def __init__(self, is_shared: bool) -> None:
+        self.values: dict[str, int] = {}
+        self.store: Any = None
+        if is_shared:
+            from torch.distributed import distributed_c10d
+
+            self.store = distributed_c10d._get_default_store()
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a number, which begins at 0, and returns the sum."""
+        if self.store is not None:
+            return self.store.add(f"encode_corpus/{name}", amount)
+        self.values[name] = self.values.get(name, 0) + amount
+        return self.values[name]
+
+
+def main(cfg: Config) -> None:
+    with user_errors():
+        check(cfg)
+
+    from datetime import timedelta
+
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+    from tqdm import tqdm
+
+    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_has_bf16, encode_to_store
+
+    # The others wait while the first reads all texts.
+    on_cpu = not torch.cuda.is_available()
+    state = PartialState(cpu=on_cpu, **({"timeout": timedelta(days=7)} if "RANK" in os.environ else {}))
+    wanted_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    assert state.num_processes == wanted_processes, f"{state.num_processes} of {wanted_processes} processes connected"
+    if torch.cuda.device_count() > 1 and state.num_processes == 1:
+        num_gpus = torch.cuda.device_count()
+        print(
+            f"{num_gpus} GPUs are here and one is used; on all: accelerate launch --multi_gpu --num_processes {num_gpus} ..."
+        )
+
+    # ---- read and check all texts once, on the first process
+    count, digest = 0, ""
+    if state.is_main_process:
+        with user_errors():
+            faults = Faults()
+            count, digest = digest_texts(read_texts(cfg, faults))
+            faults.raise_if_any()
+        print(f"{count:,} texts", flush=True)
+
+    # ---- model
+    with user_errors():
+        auto = "fp16" if not on_cpu else "bf16" if cpu_has_bf16() else "fp32"
+        precision = auto if cfg.precision == "auto" else cfg.precision
+        if precision == "fp16" and on_cpu:
+            raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
+        if precision == "bf16" and on_cpu and not cpu_has_bf16() and state.is_main_process:
+            warn("this CPU has no bfloat16 arithmetic and emulates it: --precision fp32 is many times as fast")
+        model = EmbeddingModel(
+            cfg.model_name_or_path,
+            device=state.device,
+            dtype={"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision],
+            pooling=cfg.pooling_method,
+            normalize=cfg.normalize_embeddings,
+            query_instruction=cfg.query_instruction_for_retrieval,
+            passage_instruction=cfg.passage_instruction_for_retrieval,
+            trust_remote_code=cfg.trust_remote_code,
+            cache_dir=cfg.cache_dir,
+        )
+
+    # ---- begin the store, or see what is missing of it
+    plan: list[Any] = [None]
+    alone = ExitStack()  # until the end no other run may write into the folder
+    if state.is_main_process:
+        with user_errors():
+            wanted = model.describe_store(
+                count,
+                digest,
+                kind=cfg.kind,
+                max_length=cfg.max_length,
+                dtype=cfg.dtype,
+                processes=state.num_processes,
+                shard_size=cfg.shard_size,
+            )
+            alone.enter_context(writing(cfg.output_dir))
+            plan = [prepare_store(cfg.output_dir, wanted)]
+        length = plan[0][0].settings["max_length"]
+        if cfg.max_length is not None and length < cfg.max_length:
+            warn(f"--max_length is {cfg.max_length}, but the model takes {length} tokens: texts are cut there")
+    manifest, missing = broadcast_object_list(plan)[0]
+    assert isinstance(manifest, Manifest)
+    num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
+    if state.is_main_process and num_missing < count:
+        print(f"{count - num_missing:,} texts are in {cfg.output_dir} already", flush=True)
+
+    # ---- encode
+    counters, counts = SharedCounters(state.num_processes > 1), EncodingCounts()
+
+    def free_shards() -> Iterator[int]:
+        """The next shard that no process has taken yet, until there is none."""
+        while (turn := counters.add("taken", 1)) <= len(missing):
+            yield missing[turn - 1]
+
+    started = time.perf_counter()
+    is_quiet = cfg.disable_tqdm or not state.is_main_process or not sys.stderr.isatty()
+    with tqdm(total=num_missing, unit="text", disable=is_quiet) as bar:
+
+        def on_texts(num_texts: int) -> None:
+            done = counters.add("encoded", num_texts)  # by all processes together
+            bar.update(done - bar.n)
+
+        try:
+            encode_to_store(
+                model,
+                cfg.output_dir,
+                manifest,
+                free_shards(),
+                ForwardReader(read_texts(cfg, Faults())),
+                max_tokens=cfg.max_tokens_per_micro_batch,
+                max_texts=cfg.batch_size,
+                counts=counts,
+                on_texts=on_texts,
+            )
+        except ValueError as error:  # whichever process it is
+            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+    own_seconds = time.perf_counter() - started
+    state.wait_for_everyone()
+    seconds = time.perf_counter() - started
+
+    # ---- report
+    all_counts = gather_object([(counts.num_texts, counts.num_tokens, counts.num_truncated, own_seconds)])
+    if state.is_main_process:
+        with user_errors():
+            EmbeddingStore(cfg.output_dir)
+        texts, tokens, truncated = (sum(numbers) for numbers in list(zip(*all_counts, strict=True))[:3])
+        print(
+            f"encoded {texts:,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s; "
+            f"{truncated:,} texts were longer than {manifest.settings['max_length']} tokens and were cut"
+        )
+        if state.num_processes > 1:
+            shares = ", ".join(f"{numbers[0]:,} in {numbers[3]:.1f} s" for numbers in all_counts)
+            print(f"texts of each process: {shares}")
+        print(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
+    if state.num_processes > 1:
+        torch.distributed.destroy_process_group()
+    alone.close()
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__.split("\n")[0]))

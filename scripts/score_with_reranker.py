@@ -1,0 +1,235 @@
+"""Score each row's positives and negatives with a cross-encoder: teacher scores for distillation.
+
+FlagEmbedding's documented line, with the entry point replaced:
+
+    python scripts/score_with_reranker.py --reranker_name_or_path BAAI/bge-reranker-v2-m3 \\
+        --input_file toy_finetune_data_minedHN.jsonl --output_file toy_finetune_data_score.jsonl
+
+On several GPUs: torchrun --nproc_per_node 8 scripts/score_with_reranker.py ...
+
+Rows come out as they were, with "pos_scores" and "neg_scores", one number a text. A run that was killed goes on with
+the same command: what it has done is kept in OUTPUT_FILE.scoring until the end.
+"""
+
+import json
+import os
+import shutil
+from array import array
+from collections.abc import Iterator
+from dataclasses import MISSING, asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
+from bge_accel.mining import (
+    Processes,
+    Reranker,
+    atomic_file,
+    check_json,
+    check_output,
+    new_row,
+    open_work,
+    rounded,
+    text_histogram,
+    warn,
+)
+from bge_accel.reading import Faults, find_files, read_rows, text_id
+from bge_accel.rows import TrainingRows
+
+# Heavy packages are imported inside main(), after the arguments and the data have been checked.
+
+ROWS_PER_CHUNK = 256  # scored together, and lost by a kill
+ROWS_IN_HISTOGRAM = 200_000
+NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "input_file")
+_DECODER = Refusal("only cross-encoders are used here, not decoders", ("None", "1"))
+_MINING = Refusal("it is a flag of scripts/mine_hard_negatives.py; drop it")
+REFUSED = {
+    "devices": Refusal("choose by CUDA_VISIBLE_DEVICES; for several start with torchrun or `accelerate launch`", ("None",)),
+    "reranker_model_class": Refusal("only cross-encoders are used here", ("encoder-only-base", "auto", "None")),
+    **{name: _DECODER for name in "reranker_peft_path prompt cutoff_layers compress_ratio compress_layers".split()},
+    # FlagEmbedding's guide has them in this line by mistake; its own script stops at them.
+    **{name: _MINING for name in "range_for_sampling negative_number use_gpu_for_searching".split()},
+}  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What to score, and by which model."""
+
+    reranker_name_or_path: str = option(
+        MISSING, "folder or hub name of the cross-encoder", aliases=["reranker", "model_name_or_path"], group="model"
+    )
+    input_file: list[str] = option(MISSING, 'files, globs or folders of rows {"query", "pos", "neg"}', group="data")
+    output_file: str = option(MISSING, "where the rows are written, as JSON lines", group="data")
+    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows", group="data")
+
+    query_instruction_for_rerank: str | None = option(None, "put before each query", group="model")
+    query_instruction_format_for_rerank: str = option("{}{}", "how it is put together with the query", group="model")
+    passage_instruction_for_rerank: str | None = option(None, "put before each passage", group="model")
+    passage_instruction_format_for_rerank: str = option(
+        "{}{}", "how it is put together with the passage", group="model"
+    )
+    use_fp16: bool | None = option(
+        None, "float16 (CPU: bfloat16 where it has it, else float32); False: float32; default: True", aliases=["fp16"],
+        group="model",
+    )  # fmt: skip
+    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
+    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
+    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
+    reranker_max_length: int = option(
+        512, "tokens of a query and a passage together", aliases=["max_length"], group="model"
+    )
+    reranker_query_max_length: int | None = option(
+        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", group="model"
+    )
+    reranker_batch_size: int | None = option(
+        None, "at most so many pairs in one forward pass; default: a token budget alone decides",
+        aliases=["batch_size"], group="model",
+    )  # fmt: skip
+    normalize: bool = option(False, "scores between 0 and 1, by the logistic function", group="model")
+
+
+def check(cfg: Config) -> None:
+    """Raises ValueError for settings that cannot work, before anything is read."""
+    for name in ("reranker_max_length", "reranker_query_max_length", "reranker_batch_size"):
+        value = getattr(cfg, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name} is {value}: it has to be at least 1")
+    if cfg.use_fp16 and cfg.use_bf16:
+        raise ValueError("--use_fp16 and --use_bf16 exclude each other; give one of them")
+    check_model_path("--reranker_name_or_path", cfg.reranker_name_or_path)
+    faults = Faults()
+    inputs = find_files(cfg.input_file, faults)
+    faults.raise_if_any()
+    check_output("--output_file", cfg.output_file, inputs)
+    check_json(cfg.input_file, faults)
+    faults.raise_if_any()
+
+
+def main(cfg: Config) -> None:
+    # ---- check and read everything before a model is loaded
+    processes = Processes()
+    work = f"{cfg.output_file}.scoring"
+    with user_errors():
+        check(cfg)
+        rows = TrainingRows(cfg.input_file, cache_folder=cfg.cache_path)
+    num_texts = sum(len(rows.passages(i)) for i in range(len(rows)))
+    processes.say(f"{len(rows):,} rows, {num_texts:,} pairs to score")
+
+    import torch
+    from tqdm import tqdm
+
+    from bge_accel.encoding import default_device, resolve_dtype, tokenizer_digest, weights_digest
+    from bge_accel.model import instruction_prefix
+
+    # ---- model
+    with user_errors():
+        query_prefix = instruction_prefix(cfg.query_instruction_for_rerank, cfg.query_instruction_format_for_rerank)
+        passage_prefix = instruction_prefix(
+            cfg.passage_instruction_for_rerank, cfg.passage_instruction_format_for_rerank
+        )
+        device = default_device()
+        if device.type == "cuda" and processes.world > 1:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+            torch.cuda.set_device(device)
+        dtype, warning = resolve_dtype(cfg.use_fp16 is not False and not cfg.use_bf16, cfg.use_bf16, device)
+        if warning and (cfg.use_fp16 or cfg.use_bf16):
+            warn(warning)
+        reranker = Reranker(
+            cfg.reranker_name_or_path,
+            device=device,
+            dtype=dtype,
+            max_length=cfg.reranker_max_length,
+            query_max_length=cfg.reranker_query_max_length,
+            batch_size=cfg.reranker_batch_size,
+            normalize=cfg.normalize,
+            trust_remote_code=cfg.trust_remote_code,
+            cache_dir=cfg.cache_dir,
+        )
+
+    # ---- go on from what a killed run has left, if it was the same
+    settings = {name: value for name, value in asdict(cfg).items() if name not in NOT_IN_FINGERPRINT}
+    fingerprint = {
+        "rows": rows.digest(),
+        "reranker": weights_digest(reranker.model),
+        "tokenizer": tokenizer_digest(reranker.tokenizer),
+        "dtype": str(dtype),
+        "device": device.type,
+        **settings,
+    }
+    processes.on_first(lambda: open_work(work, fingerprint, processes.say))
+
+    # ---- score, chunk by chunk
+    starts = range(0, len(rows), ROWS_PER_CHUNK)
+    parts = [os.path.join(work, f"part-{number:07d}") for number in range(len(starts))]
+    own = list(zip(parts, starts, strict=True))[processes.rank :: processes.world]
+    with user_errors():
+        for part, start in tqdm(own, desc="scoring", unit="chunk", disable=not processes.shows_bars):
+            if os.path.exists(part):
+                continue
+            chunk = [rows[i] for i in range(start, min(start + ROWS_PER_CHUNK, len(rows)))]
+            scores = reranker.score(
+                ((query_prefix or "") + row["query"], (passage_prefix or "") + text)
+                for row in chunk
+                for text in (*row["pos"], *(row.get("neg") or []))
+            )
+            ends = np.cumsum([len(row["pos"]) + len(row.get("neg") or []) for row in chunk])
+            lines = [
+                {"query_id": text_id(row["query"]), "scores": rounded(some.tolist())}
+                for row, some in zip(chunk, np.split(scores, ends[:-1]), strict=True)
+            ]
+            with atomic_file(part) as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+    processes.wait()
+
+    # ---- write the rows and say what was done
+    if processes.rank == 0:
+        with user_errors():
+            print(write_output(cfg, len(rows), parts), flush=True)
+        shutil.rmtree(work)
+    processes.wait()
+
+
+def write_output(cfg: Config, num_rows: int, parts: list[str]) -> str:
+    """Reads the input again, line by line, puts the scores in, and gives the summary."""
+    stride = -(-num_rows // ROWS_IN_HISTOGRAM)
+    pos_scores, neg_scores, above = array("f"), array("f"), 0
+    faults = Faults()
+
+    def records() -> Iterator[dict[str, Any]]:
+        for part in parts:
+            with open(part, encoding="utf-8") as file:
+                yield from map(json.loads, file)
+
+    items = (item for path in find_files(cfg.input_file, faults) for item in read_rows(path, faults))
+    with atomic_file(cfg.output_file) as file:
+        for number, record in enumerate(records()):
+            where, _, row = next(items, ("", 0, {}))
+            if not row or text_id(row["query"]) != record["query_id"]:
+                raise ValueError(
+                    f"{where or cfg.input_file[-1]}: the input has changed since it was checked; run again"
+                )
+            count = len(row["pos"])
+            positive, negative = record["scores"][:count], record["scores"][count:]
+            above += bool(negative) and max(negative) > min(positive)
+            if number % stride == 0:
+                pos_scores.extend(positive)
+                neg_scores.extend(negative)
+            new = new_row(row, row.get("neg") or [], (positive, negative))
+            file.write(json.dumps(new, ensure_ascii=False) + "\n")
+    with atomic_file(f"{cfg.output_file}.config.yaml") as file:
+        file.write(to_yaml(cfg))
+    return "\n".join(
+        [
+            f"{num_rows:,} rows scored; in {above:,} a negative scores over a positive",
+            "",
+            text_histogram(np.array(pos_scores), np.array(neg_scores)),
+            "",
+            f"wrote {cfg.output_file}, {cfg.output_file}.config.yaml",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))

@@ -1,0 +1,718 @@
+"""Interrupted runs of scripts/finetune.py end as if nothing had happened: killed, stopped, damaged, out of space."""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import accelerate.commands.launch
+import numpy as np
+import pytest
+import yaml
+from conftest import REPO, Run, build_tiny_model
+from safetensors.numpy import load_file
+from test_finetune_script import log, weights, write_rows
+from warm_start import SCRIPT, Job, end_all
+
+from bge_accel.checkpoint import find_checkpoints, what_is_damaged
+from bge_accel.reading import text_id
+
+SPY_ROWS, ON_CPU = REPO / "tests" / "spy_rows.py", REPO / "tests" / "on_cpu.py"
+NUM_ROWS, GLOBAL_BATCH, STEPS = 128, 8, 32  # two epochs
+LATEST = ("--resume_from_checkpoint", "latest")
+
+Start = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows.jsonl, and sources.yaml of three files that differ in size and settings."""
+    folder = tmp_path_factory.mktemp("data")
+    write_rows(folder / "rows.jsonl", NUM_ROWS)
+    sizes = {"small": 20, "middle": 50, "large": 90}
+    for seed, (name, size) in enumerate(sizes.items(), start=1):
+        write_rows(folder / f"{name}.jsonl", size, seed=seed)
+    sources = [{"name": name, "path": str(folder / f"{name}.jsonl")} for name in sizes]
+    (folder / "streams.yaml").write_text(yaml.safe_dump(sources))
+    sources[0] |= {"per_device_train_batch_size": 4, "query_instruction_for_retrieval": "Find: "}
+    sources[1] |= {"train_group_size": 3, "use_inbatch_neg": False}
+    (folder / "sources.yaml").write_text(yaml.safe_dump(sources))
+    return folder
+
+
+def flags(model: str, data: Path, out: Path | str, *more: object, processes: int = 1) -> list[str]:
+    """Two epochs of short texts; of each batch's two or three micro-batches one is kept, the others computed again."""
+    given = {
+        "--model_name_or_path": model,
+        "--train_data": data / "rows.jsonl",
+        "--output_dir": out,
+        "--num_train_epochs": 2,
+        "--per_device_train_batch_size": GLOBAL_BATCH // processes,
+        "--train_group_size": 2,
+        "--query_max_len": 16,
+        "--passage_max_len": 32,
+        "--max_tokens_per_micro_batch": 260,
+        "--activation_memory_budget": 0.0015,
+        "--learning_rate": 1e-3,
+        "--save_steps": 2,
+        "--logging_steps": 1,
+    }
+    overridden = {str(part) for part in more}
+    kept = [part for item in given.items() if item[0] not in overridden for part in item]
+    return [*map(str, kept), "--disable_tqdm", *map(str, more)]
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_model: str, data: Path) -> Iterator[Start]:
+    """Starts a run into an output folder, given by its name, with more flags."""
+
+    def start(out: str, *more: object, processes: int = 1, model: str = tiny_model, **how: object) -> Job:
+        args = flags(model, data, out, *more, processes=processes)
+        return Job(*args, cwd=tmp_path, processes=processes, **how)
+
+    yield start
+    end_all()
+
+
+KINDS: dict[str, tuple[int, list[str]]] = {
+    "one process": (1, []),
+    "two processes": (2, ["--negatives_cross_device"]),
+    "streaming": (2, f"--streaming --train_data streams.yaml --max_steps {STEPS} --shuffle_buffer_size 16".split()),
+    "several sources": (
+        1,
+        f"--train_data sources.yaml --max_steps {STEPS} --gradient_accumulation_steps 2 --num_train_epochs 1".split(),
+    ),
+    "mixed sources": (1, f"--train_data streams.yaml --mix_sources --max_steps {STEPS}".split()),
+}
+
+
+def kind_of_run(kind: str, data: Path) -> tuple[int, list[str]]:
+    """How many processes, and which flags."""
+    processes, more = KINDS[kind]
+    return processes, [str(data / part) if part.endswith(".yaml") else part for part in more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(
+    tmp_path_factory: pytest.TempPathFactory, tiny_model: str, data: Path
+) -> Iterator[Callable[[str], Path]]:
+    """The output folder of a run of this kind that nothing has disturbed; the rows it has seen lie beside it."""
+    done: dict[str, Path] = {}
+
+    def run(kind: str) -> Path:
+        if kind not in done:
+            folder = tmp_path_factory.mktemp("uninterrupted")
+            processes, more = kind_of_run(kind, data)
+            args = flags(tiny_model, data, "out", *more, processes=processes)
+            env = {"SPY_ROWS": str(folder / "seen")}
+            Job(*args, cwd=folder, processes=processes, through=(SPY_ROWS,), env=env).ends()
+            done[kind] = folder / "out"
+        return done[kind]
+
+    yield run
+    end_all()
+
+
+FIGURES = ("step", "epoch", "loss", "accuracy", "learning_rate", "grad_norm", "skipped_steps", "sources")
+
+
+def assert_same_run(out: Path, expected: Path, figures: tuple[str, ...] = FIGURES) -> None:
+    """The same model to the bit, and a log that has every step once, with the same figures."""
+    assert (out / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    ours, theirs = ([{key: r.get(key) for key in figures} for r in log(folder)] for folder in (out, expected))
+    assert [record["step"] for record in ours] == list(range(1, len(theirs) + 1))
+    assert ours == theirs
+
+
+def step_of(job: Job) -> int:
+    """The last step that a job has logged."""
+    steps = re.findall(r"^step (\d+)/", job.text, flags=re.MULTILINE)
+    return int(steps[-1]) if steps else 0
+
+
+def only(out: Path, last: int, to: Path) -> Path:
+    """A copy of an output folder as it was when the checkpoint of step `last` had been written."""
+    shutil.copytree(out, to, ignore=lambda folder, names: names if "checkpoint-" in Path(folder).name else [])
+    for path in to.glob("checkpoint-*"):
+        path.rmdir()
+    for step, path in find_checkpoints(str(out)):
+        if step <= last:
+            shutil.copytree(path, to / Path(path).name)
+    (to / "model.safetensors").unlink()
+    return to
+
+
+# ---- killed
+
+
+def kill_again_and_again(start: Callable[[], Job], out: Path, kills: int, seed: int) -> None:
+    """Kills a run at random steps, half of the times while it writes a checkpoint, then lets it end."""
+    rng = random.Random(seed)
+    torn = 0
+    for number, step in enumerate(sorted(rng.sample(range(3, STEPS - 12), kills))):
+        job = start()
+        if number % 4 == 3:  # before its first step
+            job.wait_until(lambda job=job: signal_is_caught(job.processes[0].pid, signal.SIGTERM))
+            time.sleep(rng.random() * 0.5)
+        else:
+            job.wait_until(lambda job=job, step=step: step_of(job) >= step)
+        if number % 2 == 0:
+            job.wait_until(lambda: bool(list(out.glob("checkpoint-*.incomplete"))))
+        time.sleep(rng.random() * 0.03)
+        job.kill()
+        torn += bool(list(out.glob("checkpoint-*.incomplete")))
+        assert all(what_is_damaged(path) is None for _, path in find_checkpoints(str(out)))
+    assert torn, "no kill has hit the writing of a checkpoint"
+    text = start().ends()
+    assert "going on after step" in text
+    assert not list(out.glob("*incomplete")) and not list(out.glob("*.removed"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("one process", 2),
+        pytest.param("one process", 10, marks=pytest.mark.slow),
+        pytest.param("two processes", 4, marks=pytest.mark.slow),
+        pytest.param("streaming", 4, marks=pytest.mark.slow),
+        pytest.param("several sources", 3, marks=pytest.mark.slow),
+        pytest.param("mixed sources", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_any_moment_it_ends_the_same(
+    tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path], kind: str, kills: int
+) -> None:
+    processes, more = kind_of_run(kind, data)
+    out = tmp_path / "out"
+    kill_again_and_again(
+        lambda: start("out", *more, *LATEST, "--save_total_limit", 2, processes=processes), out, kills, seed=kills
+    )
+    assert_same_run(out, uninterrupted(kind))
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_as_a_user_does_it(
+    tmp_path: Path, tiny_model: str, data: Path, run_script: Run, uninterrupted: Callable[[str], Path]
+) -> None:
+    """torchrun and all it started are killed, and the same command is given again."""
+    args = flags(tiny_model, data, "out", "--negatives_cross_device", *LATEST, processes=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    out = tmp_path / "out"
+    with subprocess.Popen([*launch, SCRIPT, *args], cwd=tmp_path, start_new_session=True) as run:
+        end = time.monotonic() + 120
+        while len(find_checkpoints(str(out))) < 5:
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.001)
+        os.killpg(run.pid, signal.SIGKILL)
+    result = run_script("finetune.py", *args, processes=2)
+    assert "going on after step" in result.stdout
+    assert_same_run(out, uninterrupted("two processes"))
+
+
+# ---- the rows that are seen
+
+
+def rows_seen(prefix: Path, data: Path, processes: int) -> list[int]:
+    """The rows of training in their order: of each batch the first process's, then the next one's."""
+    row_of = {}
+    for number, line in enumerate((data / "rows.jsonl").read_text().splitlines()):
+        row_of |= {text_id(text): number for text in json.loads(line)["pos"]}
+    files = [Path(f"{prefix}-{rank}.jsonl").read_text().splitlines() for rank in range(processes)]
+    return [row_of[ids[0]] for batch in zip(*files, strict=True) for line in batch for ids in json.loads(line)]
+
+
+def test_stopped_three_times_every_row_comes_once_an_epoch_in_the_same_order(
+    tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    whole = rows_seen(uninterrupted("one process").parent / "seen", data, 1)
+    assert len(whole) == 2 * NUM_ROWS
+    for epoch in (whole[:NUM_ROWS], whole[NUM_ROWS:]):
+        assert sorted(epoch) == list(range(NUM_ROWS))
+    assert whole[:NUM_ROWS] != whole[NUM_ROWS:]
+    env = {"SPY_ROWS": str(tmp_path / "seen")}
+    at = 0
+    for batches in (7, 15, 1):
+        how = {"through": (SPY_ROWS,), "env": {**env, "STOP_AFTER": str(batches)}}
+        text = start("out", *LATEST, "--save_steps", 1000, **how).ends()
+        at += batches
+        assert f"checkpoint-{at} is saved" in text
+    start("out", *LATEST, "--save_steps", 1000, through=(SPY_ROWS,), env=env).ends()
+    assert rows_seen(tmp_path / "seen", data, 1) == whole
+    assert_same_run(tmp_path / "out", uninterrupted("one process"))
+
+
+def test_two_processes_see_the_same_rows_in_the_same_order(data: Path, uninterrupted: Callable[[str], Path]) -> None:
+    one, two = (uninterrupted(kind).parent / "seen" for kind in ("one process", "two processes"))
+    assert rows_seen(two, data, 2) == rows_seen(one, data, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [(4,), (1, 2, 4, 1)], ids=str)
+def test_the_rows_do_not_depend_on_the_number_of_processes(
+    tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path], processes: tuple[int, ...]
+) -> None:
+    """Four processes; and a run that is stopped and resumed by another number of processes each time."""
+    seen = []
+    for turn, count in enumerate(processes):
+        env = {"SPY_ROWS": str(tmp_path / f"seen{turn}")}
+        if turn < len(processes) - 1:
+            env |= {"STOP_AFTER": "9", "STOP_RANK": "0"}
+        start("out", *LATEST, "--save_steps", 1000, processes=count, through=(SPY_ROWS,), env=env).ends()
+        seen += rows_seen(tmp_path / f"seen{turn}", data, count)
+    assert seen == rows_seen(uninterrupted("one process").parent / "seen", data, 1)
+
+
+# ---- stopped by signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+def test_a_signal_saves_and_leaves_a_mark_until_the_run_goes_on(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path], name: str
+) -> None:
+    out = tmp_path / "out"
+    job = start("out", "--save_steps", 1000)
+    job.wait_until(lambda: step_of(job) >= 5)
+    job.send(signal.Signals[name])
+    text = job.ends(0)
+    [(step, path)] = find_checkpoints(str(out))
+    assert step == log(out)[-1]["step"] < STEPS
+    assert what_is_damaged(path) is None
+    assert f"stopped by {name}: checkpoint-{step} is saved; go on with --resume_from_checkpoint latest" in text
+    assert (out / "requeue").read_text() == f"stopped after step {step}\n"
+    assert not (out / "model.safetensors").exists()
+    text = start("out", "--save_steps", 1000, *LATEST).ends()
+    assert f"going on after step {step} of" in text
+    assert not (out / "requeue").exists()
+    assert_same_run(out, uninterrupted("one process"))
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    out, more = tmp_path / "out", ("--negatives_cross_device", "--save_steps", 1000)
+    env = {"SPY_ROWS": str(tmp_path / "seen"), "STOP_AFTER": "6", "STOP_RANK": "1", "STOP_SIGNAL": "SIGUSR1"}
+    text = start("out", *more, processes=2, through=(SPY_ROWS,), env=env).ends(0)
+    assert "stopped by a signal to another process: checkpoint-6 is saved" in text
+    assert [len((tmp_path / f"seen-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [6, 6]
+    assert (out / "requeue").exists()
+    start("out", *more, *LATEST, processes=2).ends()
+    assert not (out / "requeue").exists()
+    assert_same_run(out, uninterrupted("two processes"))
+
+
+def test_a_signal_while_the_model_loads_is_not_lost(tmp_path: Path, start: Start) -> None:
+    job = start("out", "--save_steps", 1000)
+    time.sleep(0.02)
+    job.wait_until(lambda: signal_is_caught(job.processes[0].pid, signal.SIGTERM))
+    job.send(signal.SIGTERM)
+    assert "checkpoint-1 is saved" in job.ends(0)
+
+
+def signal_is_caught(pid: int, number: int) -> bool:
+    """Whether a process has a handler of its own for a signal."""
+    caught = re.search(r"^SigCgt:\s*(\w+)", Path(f"/proc/{pid}/status").read_text(), flags=re.MULTILINE)
+    return bool(caught) and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
+def test_a_second_signal_ends_it_at_once(tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]) -> None:
+    """What was saved before is still there to go on from."""
+    out = tmp_path / "out"
+    env = {"STOP_AFTER": "9", "STOP_AGAIN": "3.3"}
+    text = start("out", through=(SPY_ROWS,), env=env).ends(128 + signal.SIGTERM)
+    assert "stopped by" not in text and not (out / "requeue").exists()
+    assert [step for step, _ in find_checkpoints(str(out))] == [2, 4, 6, 8]
+    start("out", *LATEST).ends()
+    assert_same_run(out, uninterrupted("one process"))
+
+
+@pytest.mark.slow
+def test_signals_as_a_user_sends_them(
+    tmp_path: Path, tiny_model: str, data: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """To `python scripts/finetune.py`, then to torchrun, which passes them on but has a status of its own."""
+    out, more = tmp_path / "out", (*LATEST, "--save_steps", 1000)
+    for launch, processes, statuses in (
+        ([sys.executable], 1, [0]),
+        ([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"], 2, [0, 1]),
+    ):
+        args = [*launch, SCRIPT, *flags(tiny_model, data, "out", *more, processes=processes)]
+        with (
+            open(tmp_path / "output", "w+") as output,
+            subprocess.Popen(args, cwd=tmp_path, stdout=output, stderr=output) as run,
+        ):
+            end = time.monotonic() + 120
+            before = (out / "train_log.jsonl").stat().st_size if out.exists() else 0
+            while not (out / "train_log.jsonl").exists() or (out / "train_log.jsonl").stat().st_size <= before:
+                assert run.poll() is None and time.monotonic() < end, Path(output.name).read_text()[-5000:]
+                time.sleep(0.001)
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(60) in statuses
+            assert "is saved; go on with --resume_from_checkpoint latest" in Path(output.name).read_text()
+        assert (out / "requeue").exists()
+    assert len(find_checkpoints(str(out))) == 2
+
+
+@pytest.mark.slow
+def test_a_killed_process_takes_the_others_down_and_is_named(tmp_path: Path, tiny_model: str, data: Path) -> None:
+    args = flags(tiny_model, data, "out", "--max_steps", 100_000, "--save_steps", 100_000, processes=2)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", SCRIPT]
+    with (
+        open(tmp_path / "errors", "w") as errors,
+        subprocess.Popen([*launch, *args], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=errors) as run,
+    ):
+        end = time.monotonic() + 120
+        while not (tmp_path / "out" / "train_log.jsonl").exists():
+            assert run.poll() is None and time.monotonic() < end
+            time.sleep(0.01)
+        children = subprocess.run(["ps", "--ppid", str(run.pid), "-o", "pid="], capture_output=True, text=True).stdout
+        workers = [int(pid) for pid in children.split()]
+        assert len(workers) == 2
+        os.kill(workers[1], signal.SIGKILL)
+        killed = time.monotonic()
+        assert run.wait(60) != 0
+    print(f"the other process was gone after {time.monotonic() - killed:.1f} s")
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    text = (tmp_path / "errors").read_text()
+    assert f"Signal 9 (SIGKILL) received by PID {workers[1]}" in text
+    assert re.search(r"rank\s*: 1 \(local_rank: 1\)", text)
+
+
+# ---- damaged checkpoints
+
+
+def damage(path: Path, how: str) -> str:
+    """Damages a checkpoint; what is said of it."""
+    manifest = path / "training_state" / "manifest.json"
+    if how.startswith("flip "):
+        file = path / how.removeprefix("flip ")
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+        return f"{how.removeprefix('flip ')} does not hold what was written"
+    if how == "cut":
+        file = path / "model.safetensors"
+        os.truncate(file, file.stat().st_size - 1)
+        return "bytes where"
+    if how == "remove":
+        (path / "training_state" / "state.json").unlink()
+        return "training_state/state.json is missing"
+    if how == "no manifest":
+        manifest.unlink()
+        return "training_state/manifest.json is missing"
+    manifest.write_text(manifest.read_text()[:-20])
+    return "training_state/manifest.json cannot be read"
+
+
+DAMAGES = ["flip training_state/optimizer.safetensors", "flip tokenizer.json", "cut", "remove", "no manifest", "half"]
+
+
+def test_damaged_checkpoints_are_named_and_passed_over(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """The latest seven of eight, each damaged in another way; then all."""
+    out = only(uninterrupted("one process"), 2 + 2 * len(DAMAGES), tmp_path / "out")
+    expected = []
+    for (step, path), how in zip(find_checkpoints(str(out))[1:], DAMAGES, strict=True):
+        expected.append((f"warning: out/checkpoint-{step} is damaged and passed over: ", damage(Path(path), how)))
+    copy = shutil.copytree(out, tmp_path / "all_damaged")
+    text = start("out", *LATEST).ends()
+    said = [line for line in text.splitlines() if line.startswith("warning: out/checkpoint-")]
+    assert len(said) == len(expected) == len(DAMAGES)
+    for line, (start_of_line, what) in zip(said, reversed(expected), strict=True):
+        assert line.startswith(start_of_line) and what in line
+    assert "going on after step 2 of out/checkpoint-2" in text
+    assert_same_run(out, uninterrupted("one process"))
+    assert all(what_is_damaged(path) is None for _, path in find_checkpoints(str(out)))
+
+    damage(copy / "checkpoint-2", DAMAGES[0])
+    text = start("all_damaged", *LATEST).ends(2)
+    assert "every checkpoint in all_damaged is damaged; move them away to start afresh" in text
+    assert "Traceback" not in text and not (copy / "model.safetensors").exists()
+    text = start("all_damaged", "--resume_from_checkpoint", "all_damaged/checkpoint-2").ends(2)
+    assert "--resume_from_checkpoint all_damaged/checkpoint-2: training_state/optimizer.safetensors does not" in text
+
+
+# ---- what has changed since
+
+
+def test_a_run_that_would_see_other_rows_is_refused(
+    tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    out = only(uninterrupted("one process"), 24, tmp_path / "out")
+    for name, count, seed in (("fewer", NUM_ROWS - 1, 0), ("others", NUM_ROWS, 9)):
+        write_rows(tmp_path / f"{name}.jsonl", count, seed=seed)
+    before = sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*"))
+    for change, message in (
+        (("--train_data", "fewer.jsonl"), r"sources.all.rows: \w+ -> \w+\. Put"),
+        (("--train_data", "others.jsonl"), r"sources.all.rows: \w+ -> \w+\. Put"),
+        (("--seed", 7), "seed: 42 -> 7"),
+        (("--per_device_train_batch_size", 4), "sources.all.global_batch_size: 8 -> 4"),
+        (("--gradient_accumulation_steps", 2), "gradient_accumulation_steps: 1 -> 2"),
+    ):
+        text = start("out", *LATEST, *change).ends(2)
+        assert re.search(f"error: out/checkpoint-24 was saved by another run, .*{message}", text), text[-2000:]
+        assert text.endswith("or go on regardless with --allow_changed_data\n") and "Traceback" not in text
+    assert sorted((path, path.stat().st_mtime_ns) for path in out.rglob("*")) == before
+    text = start("out", *LATEST, "--seed", 7, "--train_data", "fewer.jsonl", "--allow_changed_data").ends()
+    assert "note: changed since checkpoint-24: seed: 42 -> 7" in text
+    assert "note: changed since checkpoint-24: sources.all.rows: " in text
+    assert [record["step"] for record in log(out)] == list(range(1, STEPS + 1))
+
+
+def test_other_settings_may_change_and_are_named(
+    tmp_path: Path, tiny_model: str, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """Rate, model and number of processes; the rate is then that of the present flags. Every step is logged once."""
+    only(uninterrupted("one process"), 24, tmp_path / "out")
+    moved = shutil.copytree(tiny_model, tmp_path / "moved")
+    more = ("--learning_rate", 2e-3, "--negatives_cross_device", "--logging_steps", 3)
+    text = start("out", *LATEST, *more, processes=2, model=str(moved)).ends()
+    notes = re.findall("^note: changed since checkpoint-24: (.*)$", text, flags=re.MULTILINE)
+    assert sorted(notes) == [
+        "learning_rate: 0.001 -> 0.002",
+        f"model_name_or_path: {tiny_model} -> {moved}",
+        "negatives_cross_device: False -> True",
+    ]
+    rates = {record["step"]: record["learning_rate"] for record in log(tmp_path / "out")}
+    assert len(rates) == len(log(tmp_path / "out")) and list(rates) == [*range(1, 25), 27, 30, 32]
+    for record in log(uninterrupted("one process")):
+        factor = 1 if record["step"] <= 24 else 2
+        assert rates.get(record["step"], factor * record["learning_rate"]) == factor * record["learning_rate"]
+
+
+# ---- where a run begins
+
+
+def test_latest_starts_afresh_where_there_is_no_checkpoint(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """Also where an earlier run has got no further than its log."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("run_config.yaml", "train_log.jsonl"):
+        shutil.copy(uninterrupted("one process") / name, out)
+    for folder in ("new", "out"):
+        text = start(folder, *LATEST, "--max_steps", 3, "--num_train_epochs", 2).ends()
+        assert "note: no checkpoint to go on from; this run starts afresh" in text
+        assert [record["step"] for record in log(tmp_path / folder)] == [1, 2, 3]
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "new" / "model.safetensors").read_bytes()
+
+
+def test_a_checkpoint_is_named_that_is_none(tmp_path: Path, tiny_model: str, start: Start) -> None:
+    text = start("out", "--resume_from_checkpoint", tiny_model).ends(2)
+    assert f"{tiny_model} holds no training state; to start from its weights, name it by --model_name_or_path" in text
+    text = start("out", "--resume_from_checkpoint", "nowhere").ends(2)
+    assert "--resume_from_checkpoint nowhere is not a folder; name one, or `latest`" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_later_checkpoints_are_removed_only_when_told_so(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """And a checkpoint of another folder can be gone on from; only the last ones are kept."""
+    out = only(uninterrupted("one process"), 28, tmp_path / "out")
+    (out / "checkpoint-6.incomplete").mkdir()
+    (out / "checkpoint-4.removed").mkdir()
+    args = ("--resume_from_checkpoint", "out/checkpoint-24/", "--save_total_limit", 3)
+    text = start("out", *args).ends(2)
+    assert "--output_dir holds checkpoint-26, later than where this run begins" in text
+    assert len(find_checkpoints(str(out))) == 14 and not (out / "model.safetensors").exists()
+    start("elsewhere", *args).ends()
+    assert [step for step, _ in find_checkpoints(str(tmp_path / "elsewhere"))] == [26, 28, 30]
+    model = (uninterrupted("one process") / "model.safetensors").read_bytes()
+    assert (tmp_path / "elsewhere" / "model.safetensors").read_bytes() == model
+    text = start("out", *args, "--overwrite_output_dir", "--learning_rate", 1e-3).ends()
+    assert "note: out/checkpoint-26, of an earlier run, is removed" in text
+    assert_same_run(out, uninterrupted("one process"))
+    beside = {path.name for path in uninterrupted("one process").iterdir() if not path.name.startswith("checkpoint-")}
+    kept = {"checkpoint-26", "checkpoint-28", "checkpoint-30"}
+    assert {path.name for path in out.iterdir()} == beside | kept
+
+
+def test_nothing_in_a_checkpoint_is_pickled(uninterrupted: Callable[[str], Path]) -> None:
+    for kind in ("one process", "two processes"):
+        state = uninterrupted(kind) / "checkpoint-2" / "training_state"
+        names = {"state.json", "manifest.json", "run_config.yaml", "optimizer.safetensors"}
+        assert {str(path.relative_to(state)) for path in state.rglob("*")} == names
+        for name in ("state.json", "manifest.json"):
+            json.loads((state / name).read_text())
+        assert load_file(state / "optimizer.safetensors")  # safetensors reads nothing else
+
+
+# ---- a disk that is full, or cannot be written to
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Path]:
+    """A disk of so many bytes."""
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if sys.platform != "linux" or os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a small disk takes root")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def enlarge(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+
+
+def size_on_disk(folder: Path, page: int = 4096) -> int:
+    """Bytes that a folder takes on a small disk."""
+    return sum(-(-path.stat().st_size // page) * page for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """Wherever in the third checkpoint the disk is full: its weights, its tokenizer or its optimiser."""
+    checkpoint = uninterrupted("one process") / "checkpoint-2"
+    one = size_on_disk(checkpoint)
+    first = [size_on_disk_of(checkpoint, names) for names in (["model.safetensors"], ["model.safetensors", "*.json"])]
+    assert 0 < first[0] < first[1] < one
+    for number, part in enumerate((first[0] // 2, first[0] + 3 * 4096, first[1] + 8 * 4096)):
+        with small_disk(tmp_path / f"disk{number}", 2 * one + 2 * 4096 + part) as disk:
+            text = start(f"{disk}/out").ends(1)
+            assert re.search(
+                r"^finetune.py: error: saving after step 6 failed: .*No space left on device.*; earlier checkpoints are "
+                "untouched. Make room, then go on with --resume_from_checkpoint latest$",
+                text,
+                flags=re.MULTILINE,
+            ), text[-3000:]
+            assert "Traceback" not in text
+            found = find_checkpoints(str(disk / "out"))
+            assert [step for step, _ in found] == [2, 4]
+            assert [what_is_damaged(path) for _, path in found] == [None, None]
+            assert sorted(p.name for p in (disk / "out").iterdir()) == [
+                "checkpoint-2", "checkpoint-4", "run_config.yaml", "train_log.jsonl",
+            ]  # fmt: skip
+            if number == 0:
+                enlarge(disk)
+                assert "going on after step 4" in start(f"{disk}/out", *LATEST).ends()
+                assert_same_run(disk / "out", uninterrupted("one process"))
+
+
+def size_on_disk_of(folder: Path, patterns: list[str]) -> int:
+    return sum(-(-p.stat().st_size // 4096) * 4096 for pattern in patterns for p in folder.glob(pattern))
+
+
+def test_a_log_that_does_not_fit_is_said_so(tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]) -> None:
+    with small_disk(tmp_path / "disk", 8 * 2**20) as disk:
+        job = start(f"{disk}/out", "--save_steps", 8)
+        job.wait_until(lambda: step_of(job) >= 9)
+        for _ in range(2):  # to the last byte
+            try:
+                with open(disk / "filled", "ab", buffering=0) as file:
+                    file.write(bytes(16 * 2**20))
+            except OSError:
+                break
+        text = job.ends(1)
+        assert "No space left on device" in text and "Traceback" not in text
+        (disk / "filled").unlink()
+        start(f"{disk}/out", "--save_steps", 8, *LATEST).ends()
+        assert_same_run(disk / "out", uninterrupted("one process"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_at(
+    tmp_path: Path, start: Start
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").write_text("not JSON")
+    (tmp_path / "file").touch(0o777)
+    text = start("file/out", model=str(model)).ends(2)
+    assert re.search("error: --output_dir file/out: .*file cannot be written to; name another folder", text)
+    with small_disk(tmp_path / "disk", 2**20) as disk:
+        subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+        text = start(f"{disk}/out", model=str(model)).ends(2)
+        assert f"error: --output_dir {disk}/out: {disk} cannot be written to; name another folder" in text
+
+
+# ---- loss scaling and sharding
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_torch_fused", marks=pytest.mark.slow)])
+def test_the_loss_scale_is_gone_on_with(tmp_path: Path, start: Start, optim: str) -> None:
+    """It overflows until it is low enough; the run is stopped before its first step, and later."""
+    more = ("--optim", optim, "--max_steps", 8, "--num_train_epochs", 1)
+    how = {"through": (SPY_ROWS, ON_CPU), "env": {"CPU_LOSS_SCALE": str(2.0**26)}}
+    start("whole", *more, **how).ends()
+    for batches in (6, 7):
+        start("out", *more, *LATEST, **{**how, "env": {**how["env"], "STOP_AFTER": str(batches)}}).ends()
+    start("out", *more, *LATEST, **how).ends()
+    # The means of the first line do not have the batches before the stops.
+    assert_same_run(
+        tmp_path / "out", tmp_path / "whole", ("step", "epoch", "learning_rate", "grad_norm", "skipped_steps")
+    )
+    assert log(tmp_path / "out")[0]["skipped_steps"] >= 8
+
+
+def launched_by(config: str, folder: Path) -> dict[str, str]:
+    """What `accelerate launch` tells its processes of one of the repository's configurations."""
+    path = REPO / "configs" / "accelerate" / f"{config}.yaml"
+    job = Job(
+        *("--config_file", path, "--num_processes", 1, "--mixed_precision", "no", "--no_python", "env"),
+        cwd=folder,
+        script=Path(accelerate.commands.launch.__file__),
+    )
+    told = (line.partition("=") for line in job.ends().splitlines())
+    return {name: value for name, _, value in told if name.startswith(("ACCELERATE_", "FSDP_"))}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero1", "zero2", "zero3"])
+def test_sharded_training_goes_on_the_same(tmp_path: Path, data: Path, start: Start, config: str) -> None:
+    if config != "fsdp2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    env = {**launched_by(config, tmp_path), "DS_ACCELERATOR": "cpu"}
+    assert "ACCELERATE_USE_FSDP" in env or "ACCELERATE_USE_DEEPSPEED" in env
+    more = ("--max_steps", 6, "--save_steps", 3, "--negatives_cross_device")
+    how = {"processes": 2, "through": (ON_CPU,), "env": env}
+    start("whole", *more, **how).ends()
+    state = tmp_path / "whole" / "checkpoint-3" / "training_state"
+    (tmp_path / "out").mkdir()
+    shutil.copytree(state.parent, tmp_path / "out" / "checkpoint-3")
+    assert "going on after step 3" in start("out", *more, *LATEST, **how).ends()
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "whole"))
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    pickled = [path for path in state.rglob("*") if path.suffix not in (".json", ".yaml", ".safetensors")]
+    if config == "fsdp2":
+        assert pickled == []
+    else:
+        assert (state / "deepspeed").is_dir() and not (state / "optimizer.safetensors").exists()
+        text = start("plain", *more, "--resume_from_checkpoint", state.parent, processes=2).ends(2)
+        assert "was saved by DeepSpeed" in text
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_from_a_sharded_checkpoint(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, start: Start
+) -> None:
+    """And the other way round: FSDP2's checkpoints are those of any other run. Without dropout, which is drawn on each."""
+    model = build_tiny_model(tmp_path_factory.mktemp("models") / "steady", dropout=0.0)
+    more = ("--max_steps", 6, "--save_steps", 3, "--negatives_cross_device", "--adam_epsilon", 0.01)
+    sharded = {"processes": 2, "through": (ON_CPU,), "env": launched_by("fsdp2", tmp_path)}
+    plain: dict[str, object] = {"processes": 1}
+    start("sharded", *more, model=model, **sharded).ends()
+    start("plain", *more, model=model, **plain).ends()
+    for source, target, how in (("sharded", "plain_again", plain), ("plain", "sharded_again", sharded)):
+        args = ("--resume_from_checkpoint", f"{source}/checkpoint-3")
+        assert "going on after step 3" in start(target, *more, *args, model=model, **how).ends()
+    theirs = weights(tmp_path / "plain")
+    for folder in ("sharded", "plain_again", "sharded_again"):
+        ours = weights(tmp_path / folder)
+        assert ours.keys() == theirs.keys()
+        for name in ours:
+            np.testing.assert_allclose(ours[name], theirs[name], atol=1e-6, rtol=0, err_msg=f"{folder} {name}")

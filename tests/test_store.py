@@ -1,0 +1,298 @@
+"""The embedding store: what is read is what was written, complete or absent, and never something else's."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from bge_accel.store import (
+    EmbeddingStore,
+    Manifest,
+    ShardWriter,
+    choose_shard_size,
+    differences,
+    digest_texts,
+    missing_shards,
+    prepare_store,
+    read_manifest,
+    shard_name,
+    writing,
+)
+
+SETTINGS = {
+    "weights": "aa", "tokenizer": "bb", "precision": "float32", "pooling": "cls", "normalize": True,
+    "prefix": "query: ", "max_length": 64, "texts": "cc",
+}  # fmt: skip
+WANTED = Manifest(num_texts=25, dim=3, dtype="float32", shard_size=10, settings=SETTINGS, model="some/model")
+
+
+def numbers(manifest, seed=0):
+    return np.random.default_rng(seed).standard_normal((manifest.num_texts, manifest.dim)).astype(np.float32)
+
+
+def write(folder, manifest, rows, shards=None):
+    """Writes shards, each in two parts."""
+    found, missing = prepare_store(str(folder), manifest)
+    for shard in missing if shards is None else shards:
+        start, stop = found.rows_of(shard)
+        writer = ShardWriter(str(folder), found, shard)
+        writer.add(rows[start : min(start + 3, stop)])
+        writer.add(rows[start + 3 : stop])
+        writer.finish()
+    return str(folder)
+
+
+@pytest.fixture
+def rows():
+    return numbers(WANTED)
+
+
+@pytest.fixture
+def store(tmp_path, rows):
+    return EmbeddingStore(write(tmp_path / "store", WANTED, rows))
+
+
+# ---- reading
+
+
+@pytest.mark.parametrize(
+    "which",
+    [
+        slice(None), slice(0, 10), slice(3, 7), slice(8, 22), slice(20, None), slice(-4, -1), slice(5, 5), slice(9, 3),
+        slice(None, None, 3), slice(None, None, -1), slice(30, 40), slice(0, 100), 0, 9, 10, 24, -1, -25,
+        [3], [24, 0, 10, 9, 9, -1], [], np.arange(25) % 4 == 0, np.array([7, 21]), np.int32(12),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_reads_like_an_array(store, rows, which):
+    expected = rows[np.asarray(which, dtype=np.int64) if isinstance(which, list) else which]
+    found = store[which]
+    np.testing.assert_array_equal(found, expected)
+    assert found.dtype == np.float32 and found.shape == expected.shape
+
+
+def test_shapes_and_the_whole(store, rows):
+    assert (len(store), store.shape, store.ndim, store.dtype) == (25, (25, 3), 2, np.dtype(np.float32))
+    np.testing.assert_array_equal(np.asarray(store), rows)
+    assert np.asarray(store, dtype=np.float16).dtype == np.float16
+
+
+@pytest.mark.parametrize("which", [25, -26, [0, 25], [-26], np.ones(24, dtype=bool), np.zeros((2, 2), dtype=int)])
+def test_rows_that_are_not_there(store, which):
+    with pytest.raises(IndexError):
+        store[which]
+
+
+def test_slices_of_a_shard_and_blocks_are_views_of_the_file(store, rows):
+    assert np.shares_memory(store[12:15], store.shard(1)) and not store[12:15].flags.writeable
+    assert not np.shares_memory(store[8:12], store.shard(0))
+    blocks = list(store.blocks(4))
+    assert [(first, len(block)) for first, block in blocks] == [
+        (0, 4), (4, 4), (8, 2), (10, 4), (14, 4), (18, 2), (20, 4), (24, 1),
+    ]  # fmt: skip
+    assert all(np.shares_memory(block, store.shard(first // 10)) for first, block in blocks)
+    np.testing.assert_array_equal(np.concatenate([block for _, block in blocks]), rows)
+
+
+def test_every_shard_is_a_plain_numpy_file(store, rows):
+    for shard, (start, stop) in enumerate([(0, 10), (10, 20), (20, 25)]):
+        np.testing.assert_array_equal(np.load(os.path.join(store.folder, shard_name(shard))), rows[start:stop])
+    content = json.loads(open(os.path.join(store.folder, "manifest.json"), encoding="utf-8").read())
+    assert [shard["count"] for shard in content["shards"]] == [10, 10, 5] and content["settings"] == SETTINGS
+    assert read_manifest(store.folder) == WANTED
+
+
+def test_float16_rounds_to_the_nearest(tmp_path, rows):
+    store = EmbeddingStore(write(tmp_path / "half", replace(WANTED, dtype="float16"), rows))
+    assert store.dtype == np.float16 and os.path.getsize(os.path.join(store.folder, shard_name(0))) == 128 + 10 * 3 * 2
+    np.testing.assert_array_equal(store[:], rows.astype(np.float16))
+    assert np.abs(store[:].astype(np.float32) - rows).max() <= 2**-11 * np.abs(rows).max()
+
+
+def test_one_text_and_shards_of_one(tmp_path):
+    for size in (1, 5):
+        manifest = replace(WANTED, num_texts=1, shard_size=size)
+        one = EmbeddingStore(write(tmp_path / str(size), manifest, numbers(manifest)))
+        np.testing.assert_array_equal(one[:], numbers(manifest))
+    manifest = replace(WANTED, shard_size=1)
+    np.testing.assert_array_equal(
+        EmbeddingStore(write(tmp_path / "s", manifest, numbers(manifest)))[3:9], numbers(manifest)[3:9]
+    )
+
+
+# ---- complete or absent
+
+
+def test_a_shard_is_not_seen_before_it_is_finished(tmp_path, rows):
+    folder = write(tmp_path / "store", WANTED, rows, shards=[0])
+    writer = ShardWriter(folder, WANTED, 1)
+    writer.add(rows[10:20])
+    assert missing_shards(folder, WANTED) == [1, 2]
+    with pytest.raises(
+        ValueError, match=r"not complete: 2 of 3 shards .*shard-00001.npy is missing.*goes on from there"
+    ):
+        EmbeddingStore(folder)
+    writer.finish()
+    assert missing_shards(folder, WANTED) == [2]
+    unfinished = ShardWriter(folder, WANTED, 2)
+    unfinished.abandon()
+    assert sorted(os.listdir(folder)) == ["manifest.json", "shard-00000.npy", "shard-00001.npy"]
+
+
+def test_what_a_killed_run_left_is_removed_and_the_rest_kept(tmp_path, rows):
+    folder = write(tmp_path / "store", WANTED, rows, shards=[0, 2])
+    before = {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)}
+    killed = subprocess.run(
+        [sys.executable, "-c", f"""
+import os, signal, numpy as np
+from bge_accel.store import *
+writer = ShardWriter({folder!r}, read_manifest({folder!r}), 1)
+writer.add(np.ones((7, 3), dtype=np.float32)); writer.file.flush()
+os.kill(os.getpid(), signal.SIGKILL)"""],
+        check=False,
+    )  # fmt: skip
+    assert killed.returncode == -9 and len(os.listdir(folder)) == 4
+    assert prepare_store(folder, WANTED) == (WANTED, [1])
+    assert {name: open(os.path.join(folder, name), "rb").read() for name in os.listdir(folder)} == before
+    np.testing.assert_array_equal(EmbeddingStore(write(folder, WANTED, rows))[:], rows)
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "header", "gone"])
+def test_a_damaged_shard_is_written_again(tmp_path, rows, damage):
+    folder = write(tmp_path / "store", WANTED, rows)
+    path = os.path.join(folder, shard_name(1))
+    whole = open(path, "rb").read()
+    if damage == "gone":
+        os.remove(path)
+    else:
+        with open(path, "wb") as file:
+            file.write({"cut": whole[:-1], "longer": whole + b"\0", "header": b"\0" + whole[1:]}[damage])
+    with pytest.raises(ValueError, match="1 of 3 shards"):
+        EmbeddingStore(folder)
+    assert prepare_store(folder, WANTED)[1] == [1]
+    write(folder, WANTED, rows)
+    assert open(path, "rb").read() == whole
+
+
+def test_two_runs_do_not_write_into_one_store(tmp_path):
+    folder = str(tmp_path / "store")
+    code = f"from bge_accel.store import writing\nwith writing({folder!r}): print('in', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "in\n"
+        with pytest.raises(ValueError, match="another run is writing into"), writing(folder):
+            pass
+        other.kill()  # lets go of it
+        other.wait()
+        with writing(folder):
+            pass
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_refused(tmp_path, rows, value):
+    folder = str(tmp_path / "store")
+    prepare_store(folder, WANTED)
+    writer = ShardWriter(folder, WANTED, 1)
+    writer.add(rows[10:13])
+    broken = rows[13:20].copy()
+    broken[2, 1] = value
+    with pytest.raises(ValueError, match=r"embedding of text 15 .* is not finite"):
+        writer.add(broken)
+
+
+def test_values_too_large_for_float16_are_refused(tmp_path):
+    manifest = replace(WANTED, dtype="float16")
+    prepare_store(str(tmp_path / "store"), manifest)
+    with pytest.raises(ValueError, match=r"text 1 .* too large for float16: store float32"):
+        ShardWriter(str(tmp_path / "store"), manifest, 0).add(np.array([[1, 2, 3], [1, 70000, 3]], dtype=np.float32))
+
+
+# ---- refusals
+
+
+CHANGES = {
+    "weights": ("ab", "the model's weights"),
+    "tokenizer": ("ab", "the tokenizer"),
+    "pooling": ("mean", 'pooling: "cls" in the store, "mean" here'),
+    "normalize": (False, "normalisation: true in the store, false here"),
+    "prefix": ("", 'the instruction before each text: "query: " in the store, "" here'),
+    "max_length": (32, "the maximum length in tokens: 64 in the store, 32 here"),
+    "texts": ("cd", "the texts"),
+    "precision": ("bfloat16", 'the precision computed in: "float32" in the store, "bfloat16" here'),
+    "num_texts": (24, "the number of texts: 25 in the store, 24 here"),
+    "dim": (4, "the dimension: 3 in the store, 4 here"),
+    "dtype": ("float16", 'the precision stored in: "float32" in the store, "float16" here'),
+}
+
+
+def changed(*names):
+    top = {name: CHANGES[name][0] for name in names if name not in SETTINGS}
+    return replace(WANTED, settings=SETTINGS | {name: CHANGES[name][0] for name in names if name in SETTINGS}, **top)
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_another_store_is_refused_with_what_differs(store, name):
+    assert set(CHANGES) == {*SETTINGS, "num_texts", "dim", "dtype"}
+    for use in (
+        lambda: EmbeddingStore(store.folder, changed(name)),
+        lambda: prepare_store(store.folder, changed(name)),
+    ):
+        with pytest.raises(ValueError) as caught:
+            use()
+        assert CHANGES[name][1] in str(caught.value) and store.folder in str(caught.value)
+        assert str(caught.value).count("in the store") == 1 and "remove this one to encode afresh" in str(caught.value)
+    assert EmbeddingStore(store.folder, changed(name), ignore=[name]).shape == (25, 3)
+
+
+def test_all_that_differs_is_named(store):
+    lines = differences(changed("prefix", "texts", "dim"), WANTED)
+    assert len(lines) == 3
+    # In another precision the same weights have another digest, which would mislead.
+    assert [line.split(":")[0] for line in differences(changed("precision", "weights"), WANTED)] == [
+        "the precision computed in"
+    ]
+    with pytest.raises(ValueError, match="It was made with some/model"):
+        EmbeddingStore(store.folder, replace(changed("weights"), model="other/model"))
+    EmbeddingStore(store.folder, replace(WANTED, model="moved", shard_size=7))
+
+
+def test_folders_that_are_no_store(tmp_path):
+    with pytest.raises(ValueError, match=r"is no embedding store, it has no manifest.json"):
+        EmbeddingStore(str(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"is not empty and holds no embedding store \(notes.txt"):
+        prepare_store(str(tmp_path), WANTED)
+    with pytest.raises(ValueError, match="cannot be written to"), writing(str(tmp_path / "notes.txt")):
+        pass
+    for content in ("{", "[]", '{"format": 1}'):
+        (tmp_path / "manifest.json").write_text(content)
+        with pytest.raises(ValueError, match=r"manifest.json cannot be read"):
+            EmbeddingStore(str(tmp_path))
+    (tmp_path / "manifest.json").write_text('{"format": 7}')
+    with pytest.raises(ValueError, match="is of format 7"):
+        EmbeddingStore(str(tmp_path))
+
+
+# ---- digests and sizes
+
+
+def test_the_digest_tells_texts_apart():
+    lists = [[], [""], ["", ""], ["ab"], ["a", "b"], ["b", "a"], ["ab", ""], ["a\0", "b"], ["é"], ["\ud800"]]
+    digests = [digest_texts(iter(texts)) for texts in lists]
+    assert [count for count, _ in digests] == [len(texts) for texts in lists]
+    assert len({digest for _, digest in digests}) == len(lists)
+    assert digest_texts(["a", "b"]) == digest_texts(text for text in ("a", "b"))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8])
+@pytest.mark.parametrize("num_texts", [1, 1000, 100_000, 1_000_000, 100_000_000])
+def test_shards_are_many_enough_and_not_too_many(num_texts, processes):
+    size = choose_shard_size(num_texts, 4096, processes)
+    num_shards = -(-num_texts // size)
+    assert num_shards <= 2000 and (processes > 1 or size % 4096 == 0)
+    assert num_shards >= 8 * processes or size <= 256 or (processes == 1 and size == 4096)
