@@ -268,6 +268,14 @@ def test_training_on_two_nodes_and_evaluation(slurm: Slurm, undisturbed: Path, t
         assert "MRR" in job.log()
     assert (tmp_path / "metrics.json").exists()
 
+    write_rows(tmp_path / "train.jsonl", 12)
+    flags = ["--model_name_or_path", undisturbed, "--input_file", "train.jsonl", "--output_file", "mined.jsonl"]
+    with Job(
+        slurm, tmp_path, "mine.sbatch", [], [*flags, "--range_for_sampling", "0-10", "--negative_number", 3]
+    ) as job:
+        job.wait_for_end()
+    assert len((tmp_path / "mined.jsonl").read_text().splitlines()) == 12
+
 
 def test_a_job_that_is_warned_and_then_requeued_ends_with_the_same_weights(
     slurm: Slurm, finetune: Finetune, undisturbed: Path, tmp_path: Path
