@@ -15,7 +15,9 @@ REPO = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 # Models here are tiny: threads would only wait for one another. Scripts that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser("~/.cache/torch_extensions"))  # compiled but once
+# Where torch puts them anyway: what DeepSpeed compiles is to be compiled once, not in the cache of each test run.
+PYTHON = f"py{sys.version_info.major}{sys.version_info.minor}"
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser(f"~/.cache/torch_extensions/{PYTHON}_cpu"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bge_accel_tests_")  # the user's caches stay as they are
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is the same on every machine
