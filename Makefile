@@ -24,7 +24,7 @@ demo-compare: install
 	$(BIN)/python scripts/demo.py --seeds 1 2 3 --output_dir outputs/demo-compare $(if $(MODEL),--model_name_or_path "$(MODEL)")
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
