@@ -362,12 +362,11 @@ def test_signals_as_a_user_sends_them(tmp_path: Path, tiny_model: str, data: Pat
 
     Torchrun's status is its own.
     """
-    out, more = tmp_path / "out", (*LATEST, "--save_steps", 1000)
+    out, file, more = tmp_path / "out", tmp_path / "out" / "train_log.jsonl", (*LATEST, "--save_steps", 1000)
     for launch, processes, statuses in ((PLAIN, 1, [0]), (TORCHRUN, 2, [0, 1])):
         before = len(log(out)) if out.exists() else 0
         args = flags(tiny_model, data, "out", *more, processes=processes)
         with launched(*launch, SCRIPT, *args, cwd=tmp_path) as run:
-            file = out / "train_log.jsonl"
             wait_until(lambda before=before: file.exists() and len(log(out)) > before, run, tmp_path / "output")
             os.killpg(run.pid, signal.SIGTERM)
             assert run.wait(60) in statuses
