@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from bge_accel import unpadded
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 from bge_accel.store import (
@@ -171,6 +172,10 @@ def encode_windows(
     counts = EncodingCounts() if counts is None else counts
     device = next(encoder.parameters()).device
     budget = max_tokens or default_token_budget(device)
+    config: Any = encoder.backbone.config
+    is_unpadded = unpadded.is_in_use(config)
+    # Where padding costs nothing, a micro-batch is as large as it may be.
+    more = {"overhead_tokens": budget} if is_unpadded else {}
 
     def tokenized() -> Iterator[tuple[T, TokenBatch, int]]:
         for key, texts in windows:
@@ -181,6 +186,7 @@ def encode_windows(
                 padding_side=tokenizer.padding_side,
                 max_tokens=min(budget, counts.max_tokens or budget),
                 max_texts=max_texts,
+                **more,
             )
             yield key, batch, num_truncated
 
@@ -196,7 +202,11 @@ def encode_windows(
             error = None
             try:
                 with torch.inference_mode():
-                    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+                    inputs = unpadded.pack(**micro_batch, config=config) if is_unpadded else micro_batch
+                    inputs = {
+                        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                        for name, value in inputs.items()
+                    }
                     parts.append(encoder(**inputs).float())
             except (RuntimeError, MemoryError) as raised:
                 if rows == 1 or not is_out_of_memory(raised):
@@ -341,6 +351,8 @@ class EmbeddingModel:
         device: as torch names it; by default the GPU if there is one.
         dtype: torch dtype or its name; "auto" is float32 on a CPU and float16 on a GPU.
         pooling: "cls", "mean" or "last_token".
+        attention: "padded", or without padding by one of `unpadded.KERNELS`; "auto" is the fast one that the device,
+            the precision and the model allow, else "padded".
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
@@ -356,6 +368,7 @@ class EmbeddingModel:
         dtype: str | torch.dtype = "auto",
         pooling: str | None = None,
         normalize: bool | None = None,
+        attention: str = "auto",
         query_instruction: str | None = None,
         query_instruction_format: str = "{}{}",
         passage_instruction: str | None = None,
@@ -384,6 +397,9 @@ class EmbeddingModel:
             token=token,
         )
         self.encoder.to(self.device)
+        kernel = unpadded.choose_kernel(self.encoder.backbone) if attention == "auto" else attention
+        if kernel is not None and kernel != "padded":
+            unpadded.use_kernel(self.encoder.backbone, kernel)
         self.name, self.counts = model_name_or_path, EncodingCounts()
         self.batch_size = batch_size
         assert self.settings.max_length is not None
