@@ -132,8 +132,8 @@ def _attention(
     if dropout:
         raise ValueError("attention without padding has no dropout: set the model's attention dropout to 0")
     assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
-    attended = kernel(*(tensor[0].transpose(0, 1) for tensor in (query, key, value)), starts, longest)
-    return attended[None], None
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return kernel(query, key, value, starts, longest)[None], None
 
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> dict[str, Any]:

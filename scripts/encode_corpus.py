@@ -65,7 +65,7 @@ class Config:
         None, "tokens that a text is cut to, special tokens included; default: the model's own", group="encoding"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32", group="encoding"
+        "auto", "to compute in; auto: fp16 on a GPU; on a CPU bf16 where that is faster, else fp32", group="encoding"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)",
@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_has_bf16, encode_to_store
+    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_bf16_is_fast, cpu_has_bf16, encode_to_store
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()
@@ -173,12 +173,13 @@ def main(cfg: Config) -> None:
 
     # ---- model
     with user_errors():
-        auto = "fp16" if not on_cpu else "bf16" if cpu_has_bf16() else "fp32"
+        auto = "fp16" if not on_cpu else "bf16" if cpu_bf16_is_fast() else "fp32"
         precision = auto if cfg.precision == "auto" else cfg.precision
         if precision == "fp16" and on_cpu:
             raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
-        if precision == "bf16" and on_cpu and not cpu_has_bf16() and state.is_main_process:
-            warn("this CPU has no bfloat16 arithmetic and emulates it: --precision fp32 is many times as fast")
+        if precision == "bf16" and on_cpu and not cpu_bf16_is_fast() and state.is_main_process:
+            how = "is slower in bfloat16 than in float32" if cpu_has_bf16() else "has to emulate bfloat16"
+            warn(f"this CPU {how}: --precision fp32 is faster")
         model = EmbeddingModel(
             cfg.model_name_or_path,
             device=state.device,
