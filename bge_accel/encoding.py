@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import platform
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -76,6 +79,20 @@ def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) ->
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def line_for_all_gpus() -> str | None:
+    """What one process that runs where there are several GPUs should tell its user; else None."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None
+    command = f"accelerate launch --multi_gpu --num_processes {num_gpus} "
+    if os.path.basename(sys.argv[0]) == "encode_corpus.py":
+        return f"{num_gpus} GPUs are here and one is used; on all: {command}{shlex.join(sys.argv)}"
+    return (
+        f"{num_gpus} GPUs are here and one is used; a corpus is encoded on all of them, into a store, by: "
+        f"{command}scripts/encode_corpus.py --model_name_or_path MODEL --corpus_data FILE --output_dir STORE"
+    )
 
 
 def choose_precision(asked: str | None, device: torch.device) -> tuple[str | None, str | None]:
@@ -183,7 +200,8 @@ def encode_windows(
 ) -> Iterator[tuple[T, np.ndarray]]:
     """For each (key, texts) the key and the texts' embeddings (texts, dim), float32; the next are tokenised meanwhile.
 
-    Texts are sorted by length inside their window. Memory is bounded by `depth` + 1 windows, whatever their number.
+    Texts are sorted by length inside their window. Memory is bounded by `depth` + 2 windows, whatever their number. From
+    a GPU a window's embeddings are moved, and given out, while it computes the next window.
 
     Args:
         on_texts: called with the number of texts of each micro-batch that has been handed to the device.
@@ -211,6 +229,7 @@ def encode_windows(
             )
             yield key, batch, num_truncated
 
+    waiting: tuple[T, Callable[[], np.ndarray]] | None = None
     for key, batch, num_truncated in prefetch(tokenized(), depth):
         parts: list[torch.Tensor] = []
         left = batch.micro_batches[::-1]
@@ -250,7 +269,37 @@ def encode_windows(
         counts.num_tokens += batch.num_tokens
         counts.num_truncated += num_truncated
         # Moved at the end of a window and not after each micro-batch, for which a GPU would have to stop.
-        yield key, torch.cat(parts)[batch.restore.to(device)].cpu().numpy()
+        leaving = _to_host(torch.cat(parts)[batch.restore.to(device)])
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+        waiting = key, leaving
+        if not _is_late(device):
+            yield key, leaving()
+            waiting = None
+    if waiting is not None:
+        yield waiting[0], waiting[1]()
+
+
+def _is_late(device: torch.device) -> bool:
+    """Whether what a device computes comes after the call that asks for it."""
+    return device.type == "cuda"
+
+
+def _to_host(embeddings: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begins to move embeddings to the host; the function that it returns waits until they are there."""
+    if embeddings.device.type != "cuda":
+        moved = embeddings.cpu().numpy()
+        return lambda: moved
+    pinned = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+    pinned.copy_(embeddings, non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record(torch.cuda.current_stream(embeddings.device))
+
+    def wait() -> np.ndarray:
+        is_there.synchronize()
+        return pinned.numpy()
+
+    return wait
 
 
 def _halves(rows: int) -> tuple[slice, slice]:
@@ -404,6 +453,8 @@ class EmbeddingModel:
         token: str | None = None,
     ) -> None:
         self.device = torch.device(device) if device is not None else default_device()
+        if device is None and (line := line_for_all_gpus()) is not None:
+            warnings.warn(line, stacklevel=2)
         if dtype == "auto":
             dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self.encoder, self.tokenizer, self.settings = load_encoder(

@@ -149,18 +149,23 @@ def main(cfg: Config) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_bf16_is_fast, cpu_has_bf16, encode_to_store
+    from bge_accel.encoding import (
+        EmbeddingModel,
+        EncodingCounts,
+        cpu_bf16_is_fast,
+        cpu_has_bf16,
+        encode_to_store,
+        line_for_all_gpus,
+    )
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()
     state = PartialState(cpu=on_cpu, **({"timeout": timedelta(days=7)} if "RANK" in os.environ else {}))
     wanted_processes = int(os.environ.get("WORLD_SIZE", "1"))
     assert state.num_processes == wanted_processes, f"{state.num_processes} of {wanted_processes} processes connected"
-    if torch.cuda.device_count() > 1 and state.num_processes == 1:
-        num_gpus = torch.cuda.device_count()
-        print(
-            f"{num_gpus} GPUs are here and one is used; on all: accelerate launch --multi_gpu --num_processes {num_gpus} ..."
-        )
+    line = line_for_all_gpus()
+    if line is not None:
+        print(line, flush=True)
 
     # ---- read and check all texts once, on the first process
     count, digest = 0, ""
