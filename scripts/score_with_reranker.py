@@ -22,18 +22,8 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.mining import (
-    Processes,
-    Reranker,
-    atomic_file,
-    check_json,
-    check_output,
-    new_row,
-    open_work,
-    rounded,
-    text_histogram,
-    warn,
-)
+from bge_accel.jobs import Processes, atomic_file, check_json, check_output, new_row, open_work, rounded, warn
+from bge_accel.mining import text_histogram
 from bge_accel.reading import Faults, find_files, read_rows, text_id
 from bge_accel.rows import TrainingRows
 
@@ -122,6 +112,7 @@ def main(cfg: Config) -> None:
 
     from bge_accel.encoding import default_device, resolve_dtype, tokenizer_digest, weights_digest
     from bge_accel.model import instruction_prefix
+    from bge_accel.reranking import Reranker
 
     # ---- model
     with user_errors():
