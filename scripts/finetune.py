@@ -9,7 +9,9 @@ On several GPUs, negatives shared among them:
     accelerate launch --multi_gpu --num_processes 8 scripts/finetune.py --model_name_or_path BAAI/bge-base-en-v1.5 \\
         --train_data train.jsonl --output_dir tuned --bf16 --per_device_train_batch_size 128 --negatives_cross_device
 
-A run that was stopped goes on where it was with the same command and --resume_from_checkpoint latest.
+A run that was stopped goes on where it was with the same command and --resume_from_checkpoint latest. Measured every 200
+steps on rows held out, and ended with the weights that were best: --eval_data dev.jsonl --eval_steps 200
+--load_best_model_at_end.
 
 Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
 """

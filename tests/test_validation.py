@@ -212,6 +212,6 @@ def test_sharded_training_is_measured(
     ours, theirs = measured(tmp_path / "sharded"), measured(tmp_path / "plain")
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [3, 6]
     for one, other in zip(ours, theirs, strict=True):
-        for name in ("dev", "odd"):
-            assert one["eval"][name] == pytest.approx(other["eval"][name], abs=0.05)
+        for name in ("dev", "odd"):  # rounding may make two passages change places
+            assert one["eval"][name]["nDCG@100"] == pytest.approx(other["eval"][name]["nDCG@100"], abs=0.03)
     assert (tmp_path / "sharded" / "model.safetensors").exists() and not (tmp_path / "sharded" / "best").exists()
