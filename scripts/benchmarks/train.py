@@ -58,8 +58,8 @@ class Config:
 def run_tool(tool: str, job: dict) -> None:
     """Trains, and writes the seconds and the loss of each step."""
     if tool == "bge_accel":
-        run_script([str(Path(__file__).parents[1] / "finetune.py"), *common_flags(job), "--activation_memory_budget", "100",
-                    *(["--bf16"] if job["precision"] == "bf16" else [])])  # fmt: skip
+        bf16 = ["--bf16"] if job["precision"] == "bf16" else []
+        run_script([str(Path(__file__).parents[1] / "finetune.py"), *common_flags(job), *bf16])
         lines = [json.loads(line) for line in open(Path(job["output_dir"]) / "train_log.jsonl", encoding="utf-8")]
         steps = [(job["batch_size"] / line["queries_per_second"], line["loss"]) for line in lines]
     else:
