@@ -21,10 +21,10 @@ MIN_WORDS, MAX_WORDS = 25, 200  # of a passage; longer ones are cut
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
 TITLE = re.compile(r"^#{1,5}[ \t]+(.+?)[ \t#]*$|^(\S.{2,80})\n([=\-~^])\3{3,}[ \t]*$", re.MULTILINE)
 MARKUP = (
+    (re.compile(r"`([^`<]+?)\s*<[^`>]+>`_+"), r"\1"),  # links of reStructuredText
     (re.compile(r"<!--.*?-->|<[^>\n]+>", re.DOTALL), " "),
     (re.compile(r"!\[[^\]]*\](\([^)]*\)|\[[^\]]*\])"), " "),  # images
     (re.compile(r"\[([^\]]*)\](\([^)]*\)|\[[^\]]*\])"), r"\1"),  # links
-    (re.compile(r"`([^`<]+?)\s*<[^`>]+>`_+"), r"\1"),  # links of reStructuredText
     (re.compile(r"https?://\S+"), " "),
     (
         re.compile(r"^\s*(\.\. .*|:\w[\w -]*:.*|\|.*\||[-*_=~^#|: ]{4,})$", re.MULTILINE),
