@@ -39,8 +39,8 @@ class Reranker:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
-        from bge_accel.encoding import default_device
         from bge_accel.model import max_positions
+        from bge_accel.precision import default_device
 
         logging.disable_progress_bar()
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code}

@@ -66,7 +66,7 @@ class Config:
         None, "tokens that a text is cut to, special tokens included; default: the model's own", group="encoding"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32", group="encoding"
+        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32", group="encoding"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)",
@@ -131,7 +131,8 @@ def main(cfg: Config) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_has_bf16, encode_to_store
+    from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store
+    from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()
@@ -155,7 +156,7 @@ def main(cfg: Config) -> None:
 
     # ---- model
     with user_errors():
-        auto = "fp16" if not on_cpu else "bf16" if cpu_has_bf16() else "fp32"
+        auto = "fp16" if not on_cpu else "bf16" if cpu_is_faster_in_bf16() else "fp32"
         precision = auto if cfg.precision == "auto" else cfg.precision
         if precision == "fp16" and on_cpu:
             raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")

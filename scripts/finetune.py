@@ -178,11 +178,15 @@ class Config:
         None, "stop after so many measurements in a row that are not better than the best", group="evaluation"
     )
 
-    fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="precision and memory")
+    fp16: bool = option(
+        False,
+        "float16 (GPU); without a GPU bfloat16 where the CPU is fast in it, else float32",
+        group="precision and memory",
+    )
     bf16: bool = option(False, "bfloat16; without hardware for it float32", group="precision and memory")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] | None = option(
         None,
-        "auto is bfloat16 where the hardware has it, else float32; default: what `accelerate launch` was told",
+        "auto is bfloat16 where the hardware is fast in it, else float32; default: what `accelerate launch` was told",
         group="precision and memory",
     )
     gradient_checkpointing: bool = option(
@@ -454,9 +458,10 @@ def main(cfg: Config) -> None:
         write_state,
     )
     from bge_accel.distributed import gather, gather_with_grad, largest
-    from bge_accel.encoding import choose_precision, prefetch
+    from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
+    from bge_accel.precision import choose_precision
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
     from bge_accel.validation import EncodingSettings, evaluate_in_training

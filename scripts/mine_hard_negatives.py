@@ -109,7 +109,7 @@ class Config:
         None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
     )
     use_fp16: bool | None = option(
-        None, "float16 (CPU: bfloat16 where it has it, else float32); False: float32; default: True", aliases=["fp16"],
+        None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
         group="model",
     )  # fmt: skip
     use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
@@ -238,8 +238,9 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding import EmbeddingModel, default_device, resolve_dtype, tokenizer_digest, weights_digest
+    from bge_accel.encoding import EmbeddingModel, tokenizer_digest, weights_digest
     from bge_accel.model import instruction_prefix
+    from bge_accel.precision import default_device, resolve_dtype
     from bge_accel.reranking import Reranker
     from bge_accel.search import build_index, check_index_factory, search
 
