@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import platform
 import shlex
 import sys
 import warnings
@@ -19,6 +18,7 @@ from bge_accel import unpadded
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
+from bge_accel.precision import default_device, resolve_dtype
 from bge_accel.store import (
     EmbeddingStore,
     Manifest,
@@ -35,52 +35,6 @@ T = TypeVar("T")
 WINDOW = 4096
 
 
-def cpu_has_bf16() -> bool:
-    """Whether this CPU computes in bfloat16 itself; emulated, it is far slower than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def cpu_bf16_is_fast() -> bool:
-    """Whether this CPU multiplies matrices in bfloat16 faster than in float32.
-
-    Intel's do with AMX alone: their other bfloat16 instruction does half as much a cycle as it might.
-    """
-    return cpu_has_bf16() and (torch.cpu._is_amx_tile_supported() or not _is_intel())
-
-
-def _is_intel() -> bool:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return "GenuineIntel" in file.read()
-    except OSError:
-        return "intel" in platform.processor().lower()
-
-
-def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) -> tuple[torch.dtype, str | None]:
-    """The precision to compute in, and a warning where it is not the one asked for.
-
-    A CPU has no fast float16: it takes bfloat16 instead where that is fast, else float32.
-    """
-    on_gpu = (device or default_device()).type != "cpu"
-    if fp16 and bf16:
-        raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
-    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32, "this GPU has no bfloat16 arithmetic: computing in float32 instead; --fp16 is faster"
-    if on_gpu or not (fp16 or bf16):
-        return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None
-    if bf16 and cpu_has_bf16():
-        return torch.bfloat16, None
-    if bf16:
-        return torch.float32, "this CPU has no bfloat16 arithmetic: computing in float32 instead"
-    name = "bfloat16" if cpu_bf16_is_fast() else "float32"
-    return getattr(torch, name), f"fp16 needs a GPU: computing in {name} instead, which is faster on this CPU"
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
 def line_for_all_gpus() -> str | None:
     """What one process that runs where there are several GPUs should tell its user; else None."""
     num_gpus = torch.cuda.device_count()
@@ -93,22 +47,6 @@ def line_for_all_gpus() -> str | None:
         f"{num_gpus} GPUs are here and one is used; a corpus is encoded on all of them, into a store, by: "
         f"{command}scripts/encode_corpus.py --model_name_or_path MODEL --corpus_data FILE --output_dir STORE"
     )
-
-
-def choose_precision(asked: str | None, device: torch.device) -> tuple[str | None, str | None]:
-    """Accelerate's name of a mixed precision (None: its own default) as far as the device can.
-
-    Args:
-        asked: "auto" for bfloat16 where the hardware has it, "fp16", "bf16", or any other of Accelerate's names.
-
-    Returns:
-        The name, and a warning where it is not what was asked for.
-    """
-    if asked not in ("auto", "fp16", "bf16"):
-        return asked, None
-    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    return name, None if asked == "auto" else warning
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:

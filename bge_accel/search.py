@@ -265,7 +265,9 @@ def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np
 def _search_torch(
     corpus_emb: Any, q_emb: np.ndarray, k: int, device_name: str | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search in blocks, on the GPU if there is one and no other device is named; holds the result, one block of the corpus and one of the score matrix.
+    """Exact search in blocks, on the GPU if there is one and no other device is named.
+
+    Holds the result, one block of the corpus and one of the score matrix.
 
     `topk` keeps any of equal values. So each score is made one integer with its passage's number: the upper half sorts
     as the score does, the lower half counts the passages down. Making and sorting these is what costs beside the

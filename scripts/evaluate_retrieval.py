@@ -158,7 +158,8 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding import EmbeddingModel, resolve_dtype
+    from bge_accel.encoding import EmbeddingModel
+    from bge_accel.precision import resolve_dtype
 
     # ---- model
     with user_errors():

@@ -3,9 +3,9 @@
     python scripts/benchmarks/search.py --passages 1000000 --queries 10000 --dim 384 --k 100
 
 Random unit vectors; the same queries are searched both ways, in turns: the seconds are the best of --rounds, the ratio
-is the median of the rounds' ratios. The memory is
-the growth of what the process cannot give back (mapped files not counted), without the queries. The last column is the
-share of this machine's rate for large float32 matrix products, measured in the same run.
+is the median of the rounds' ratios. The memory is the most by which what the process cannot give back has grown (mapped
+files not counted), without the queries. The last column is the share of this machine's rate for large float32 matrix
+products, measured in the same run.
 """
 
 import os
