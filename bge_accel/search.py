@@ -19,7 +19,7 @@ from bge_accel.store import EmbeddingStore
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
 ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 512
 GROUP = 64  # scores that are compared by their largest alone
-GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: half a gigabyte of scores
+GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: a gigabyte of scores
 MAX_TRAINING_VECTORS = 1_000_000
 FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
