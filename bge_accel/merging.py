@@ -1,0 +1,681 @@
+"""Weighted averages of models' weights, read and written as a stream.
+
+Averaging a fine-tuned model with its base gives back what fine-tuning made it forget (LM-Cocktail, Xiao et al. 2023,
+https://arxiv.org/abs/2311.13534); the average of several runs or checkpoints is often better than each (Model soups,
+Wortsman et al. 2022, https://arxiv.org/abs/2203.05482).
+
+Which tensor becomes what:
+
+- A floating-point tensor that all models have is averaged in float32 (in float64 where one of them is float64).
+- The first model decides what there is. Integer and boolean tensors, and buffers that the code computes itself, are
+  copied from it. So is a pooler of an encoder that others lack; embeddings come from token states.
+- A tied tensor, stored by one model and left out by another: where it equals, bit for bit, another tensor of the model
+  that stores it, it is that tensor.
+- Any other tensor that only some models have is an error.
+- What is bit for bit the same in all models stays so, whatever the weights.
+"""
+
+import difflib
+import errno
+import filecmp
+import functools
+import inspect
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+
+from bge_accel.checkpoint import atomic_folder, find_checkpoints
+from bge_accel.config import check_model_path
+from bge_accel.encoding import prefetch
+from bge_accel.model import read_settings
+from bge_accel.reading import Faults, shorten
+from bge_accel.tensor_files import (
+    INDEX,
+    Layout,
+    TensorFiles,
+    parse_size,
+    plan_shards,
+    write_index,
+    write_safetensors,
+)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# model_type, the transformers class that loads it, and how one of its architectures ends.
+MODEL_TYPES = {
+    "encoder": ("AutoModel", ()),
+    "decoder": ("AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")),
+    "reranker": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
+    "encoder-decoder": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "LMHeadModel")),
+}
+RECIPE = "merge_recipe.json"
+"""Name of the file in a merged model that says what it was made of."""
+TOLERANCE = 1e-3  # how far from 1 the sum of the weights may be
+_SLICE = 2**20  # elements that are averaged at a time
+_READ_AHEAD = 2  # slices
+_COMPUTED = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")  # last part of the names of such buffers
+# What may differ in config.json: it changes neither the tensors nor what is computed from them.
+_HARMLESS = {
+    "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
+    "initializer_factor", "gradient_checkpointing", "problem_type", "finetuning_task", "output_past",
+    "output_attentions", "output_hidden_states", "return_dict", "max_length", "task_specific_params",
+}  # fmt: skip
+_WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5",
+            ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz")  # fmt: skip
+# Of a run, not of a model.
+_NOT_COPIED = ("README.md", "run_config.yaml", "train_log.jsonl", "trainer_state.json", RECIPE)
+
+
+class _Model(NamedTuple):
+    name: str
+    folder: str
+    files: TensorFiles
+    config: dict[str, Any]
+
+
+class _Plan(NamedTuple):
+    """What the merged model holds, and where each tensor comes from."""
+
+    tensors: dict[str, Layout]
+    sources: dict[str, dict[int, str]]
+    """For each tensor its name in every model; of one that is copied only {0: name}."""
+    copied: set[str]
+
+
+def known_arguments(function: Callable[P, R]) -> Callable[P, R]:
+    """Has a function name the nearest right argument beside one that it does not have (TypeError)."""
+    names = list(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        for name in kwargs:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"
+                raise TypeError(f"{function.__name__}() has no argument {name!r}{hint}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+@known_arguments
+def mix_models(
+    model_names_or_paths: Sequence[str],
+    model_type: str,
+    weights: Sequence[float],
+    output_path: str | None = None,
+    *,
+    normalize: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "50GB",
+    overwrite_output_dir: bool = False,
+    trust_remote_code: bool = False,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> Any:
+    """The weighted average of models of one architecture, under LM-Cocktail's name and arguments.
+
+    Args:
+        model_names_or_paths: folders or hub names; tokenizer, pooling, prompts and configuration are the first's.
+        model_type: "encoder", "decoder", "reranker" or "encoder-decoder".
+        weights: one a model, summing to 1 (within 0.001) unless `normalize`.
+        output_path: a new folder for the merged model; by default it is not kept.
+        normalize: divide the weights by their sum.
+        dtype: of the floating-point tensors, by torch's name; by default each has the first model's.
+        max_shard_size: a larger model is written as several files.
+        overwrite_output_dir: replace what stands at `output_path`.
+
+    Returns:
+        The merged model, loaded by the `transformers` class of its type, in evaluation mode.
+
+    Raises:
+        ValueError: the models do not fit together, naming each mismatch and the model it is in; bad weights.
+        OSError: the disk is full. Nothing is left behind after an error.
+    """
+    loading = {"trust_remote_code": trust_remote_code}
+    writing: dict[str, Any] = {"normalize": normalize, "dtype": dtype, "max_shard_size": max_shard_size}
+    writing |= {"overwrite_output_dir": overwrite_output_dir, "cache_dir": cache_dir, "token": token}
+    if output_path is not None:
+        merge_models(model_names_or_paths, model_type, weights, output_path, **writing)
+        return load_merged(output_path, model_type, **loading)
+    with tempfile.TemporaryDirectory(prefix="bge_accel_merge_") as folder:
+        merged = os.path.join(folder, "merged")
+        merge_models(model_names_or_paths, model_type, weights, merged, **writing)
+        return load_merged(merged, model_type, **loading)
+
+
+mix_models_by_layers = mix_models
+"""`mix_models`, which is a stream whatever the models' sizes."""
+
+
+def load_merged(folder: str, model_type: str, **options: Any) -> Any:
+    """A model from a folder, by the `transformers` class of its type, in its own precision and evaluation mode."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    loader = getattr(transformers, MODEL_TYPES[model_type][0])
+    return loader.from_pretrained(folder, dtype="auto", **options).eval()
+
+
+def last_checkpoints(run_dir: str, number: int) -> list[str]:
+    """The last `number` folders `checkpoint-STEP` of a run, the latest first.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    found = [path for _, path in find_checkpoints(run_dir)]
+    if number < 1 or len(found) < number:
+        raise ValueError(f"the last {number} checkpoints are asked for, and {run_dir} holds {len(found)}")
+    return found[::-1][:number]
+
+
+def merge_models(
+    model_names_or_paths: Sequence[str],
+    model_type: str,
+    weights: Sequence[float],
+    output_path: str,
+    *,
+    normalize: bool = False,
+    dtype: str | torch.dtype | None = None,
+    max_shard_size: int | str = "50GB",
+    overwrite_output_dir: bool = False,
+    recipe: Mapping[str, Any] | None = None,
+    cache_dir: str | None = None,
+    token: str | None = None,
+) -> None:
+    """`mix_models` without loading the result: memory is bounded by a few slices, whatever the models.
+
+    Args:
+        recipe: added to what the model card and `merge_recipe.json` say, such as how the weights were found.
+    """
+    weights = check_weights(weights, len(model_names_or_paths), normalize=normalize)
+    out_dtype = _floating_dtype(dtype)
+    shard_size = parse_size(max_shard_size)
+    check_output_folder(output_path, model_names_or_paths, overwrite=overwrite_output_dir)
+    with ExitStack() as stack:
+        models = open_models(model_names_or_paths, stack, cache_dir=cache_dir, token=token)
+        plan = check_models(models, model_type, dtype=out_dtype)
+        shards = plan_shards(plan.tensors, shard_size)
+        recipe = {
+            "method": "weighted average",
+            "models": [
+                {"name": _shown_name(model.name), "weight": weight}
+                for model, weight in zip(models, weights, strict=True)
+            ],
+            "dtype": str(dtype).removeprefix("torch.") if dtype is not None else "as the first model's",
+            **(recipe or {}),
+        }
+        total = sum(layout.num_bytes for layout in plan.tensors.values())
+        parent = os.path.dirname(os.path.abspath(output_path))
+        try:
+            os.makedirs(parent, exist_ok=True)
+            if shutil.disk_usage(parent).free < total:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            with atomic_folder(output_path) as folder:
+                _write_weights(folder, models, weights, plan, shards)
+                _copy_other_files(models[0].folder, folder)
+                _write_card(folder, os.path.basename(os.path.abspath(output_path)), models, model_type, recipe)
+                # Last: without it nothing loads, so that whatever loads is whole.
+                _write_config(folder, models[0].config, out_dtype)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            free = shutil.disk_usage(parent).free
+            raise OSError(
+                error.errno,
+                f"the disk is full ({error.strerror}): {output_path} needs {total / 1e9:,.2f} GB, {free / 1e9:,.2f} GB "
+                "are free there; nothing was left behind",
+            ) from None
+
+
+# ---- checks, before anything is written
+
+
+def check_weights(weights: Sequence[float], num_models: int, *, normalize: bool = False) -> list[float]:
+    """One finite weight a model, divided by their sum where `normalize`; else they have to sum to 1.
+
+    Raises:
+        ValueError: they are not.
+    """
+    weights = [float(weight) for weight in weights]
+    shown = ", ".join(f"{weight:g}" for weight in weights)
+    if len(weights) != num_models or not weights:
+        raise ValueError(f"{len(weights)} weights ({shown}) for {num_models} models: give one for each")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ValueError(f"the weights {shown} have to be finite numbers")
+    total = math.fsum(weights)
+    if normalize:
+        if abs(total) < 1e-6:
+            raise ValueError(f"the weights {shown} sum to {total:g} and cannot be normalised")
+        return [weight / total for weight in weights]
+    if abs(total - 1) > TOLERANCE:
+        raise ValueError(f"the weights {shown} sum to {total:g}, not to 1; change them, or ask for normalize")
+    return weights
+
+
+def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
+    """Raises ValueError where a merged model cannot be written to a folder, or would replace what is needed."""
+    target = os.path.realpath(output_path)
+    for name in inputs:
+        if os.path.isdir(name) and os.path.commonpath([target, os.path.realpath(name)]) == target:
+            raise ValueError(f"the output {output_path} is or holds the model {name}; name another folder")
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise ValueError(f"the output {output_path} is a file; name a folder")
+    if os.path.isdir(target) and os.listdir(target) and not overwrite:
+        raise ValueError(f"the output {output_path} is not empty; name another folder, or ask for overwrite_output_dir")
+    while not os.path.exists(target):
+        target = os.path.dirname(target)
+    if not os.path.isdir(target) or not os.access(target, os.W_OK):
+        raise ValueError(f"the output {output_path} cannot be made in {target}, which is no writable folder")
+
+
+def open_models(names: Sequence[str], stack: ExitStack, **hub: Any) -> list[_Model]:
+    """Each model's folder, tensors and configuration; `stack` closes the files."""
+    models = []
+    for name in names:
+        folder = model_folder(name, **hub)
+        config = _read_json(folder, "config.json")
+        if not isinstance(config, dict):
+            raise ValueError(f"{name} has no config.json, so it is no model")
+        files = TensorFiles(folder)
+        stack.callback(files.close)
+        models.append(_Model(name, folder, files, config))
+    return models
+
+
+def model_folder(name: str, **hub: Any) -> str:
+    """The folder of a model; one on the hub is downloaded, without weights in other formats.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if os.path.isdir(name):
+        return name
+    check_model_path("the model", name)
+    from huggingface_hub import snapshot_download
+
+    other = ["*.h5", "*.msgpack", "*.ot", "*.onnx*", "*.gguf", "*.tflite", "onnx/*", "openvino/*", "*.pth", "*.pt"]
+    try:
+        folder = snapshot_download(name, ignore_patterns=[*other, "*.bin"], **hub)
+        if not any(file.endswith(".safetensors") for file in os.listdir(folder)):
+            folder = snapshot_download(name, ignore_patterns=other, **hub)
+        return folder
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"the model {name!r} is neither a folder nor to be had from the hub ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def check_models(models: Sequence[_Model], model_type: str, *, dtype: torch.dtype | None = None) -> _Plan:
+    """How to merge models that fit together.
+
+    Raises:
+        ValueError: they do not; the first ten mismatches, each with its model.
+    """
+    if model_type not in MODEL_TYPES:
+        raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
+    faults = Faults()
+    _check_configs(models, model_type, faults)
+    _check_vocabularies(models, faults)
+    _check_modules(models, model_type, faults)
+    plan = _plan(models, model_type, dtype, faults)
+    if faults.count:
+        shown = "\n".join(faults.shown)
+        more = f"\n... and {faults.count - len(faults.shown)} more" if faults.count > len(faults.shown) else ""
+        raise ValueError(f"the models cannot be merged:\n{shown}{more}")
+    return plan
+
+
+def _check_configs(models: Sequence[_Model], model_type: str, faults: Faults) -> None:
+    _, endings = MODEL_TYPES[model_type]
+    first = models[0]
+    for model in models:
+        config = model.config
+        architectures = config.get("architectures") or []
+        if endings and architectures and not any(name.endswith(endings) for name in architectures):
+            faults.add(model.name, f"its architecture {', '.join(architectures)} is no {model_type}")
+        if model_type == "encoder-decoder" and not config.get("is_encoder_decoder"):
+            faults.add(model.name, "its config.json does not say is_encoder_decoder")
+        if config.get("quantization_config"):
+            faults.add(model.name, "it is quantised; merge the models that it was made from")
+        for key in sorted(config.keys() & first.config.keys()):
+            if key in _HARMLESS or key.startswith("_") or "dropout" in key or key.endswith("_token_id"):
+                continue
+            if config[key] != first.config[key]:
+                faults.add(
+                    model.name,
+                    f'"{key}" in its config.json is {shorten(config[key], 40)}; {shorten(first.config[key], 40)} '
+                    f"in {first.name}",
+                )
+
+
+def _check_vocabularies(models: Sequence[_Model], faults: Faults) -> None:
+    """A model without a tokenizer beside it has none that could differ."""
+    known = [(model, vocabulary) for model in models if (vocabulary := _vocabulary(model.folder)) is not None]
+    for model, vocabulary in known[1:]:
+        first, expected = known[0]
+        if vocabulary == expected:
+            continue
+        if vocabulary.keys() != expected.keys():
+            token = next(iter(sorted(vocabulary.keys() ^ expected.keys())))
+            owner = model if token in vocabulary else first
+            what = f"{len(vocabulary):,} tokens, {len(expected):,} in {first.name}; {shorten(token)} is only in {owner.name}"
+        else:
+            token = next(token for token in expected if vocabulary[token] != expected[token])
+            what = f"{shorten(token)} has number {vocabulary[token]}, and {expected[token]} in {first.name}"
+        faults.add(model.name, f"another vocabulary: {what}")
+    if not known:
+        for file in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
+            paths = [(model, path) for model in models if os.path.isfile(path := os.path.join(model.folder, file))]
+            for model, path in paths[1:]:
+                if not filecmp.cmp(path, paths[0][1], shallow=False):
+                    faults.add(model.name, f"another vocabulary: its {file} is not that of {paths[0][0].name}")
+
+
+def _vocabulary(folder: str) -> dict[str, int] | None:
+    """Token to number, from the files of a tokenizer; None where they are of another kind, or not there."""
+    content = _read_json(folder, "tokenizer.json")
+    if content is not None:
+        vocabulary = (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # Unigram: [piece, score] in order
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
+    path = os.path.join(folder, "vocab.txt")
+    if os.path.isfile(path):
+        with open(path, encoding="utf-8") as file:
+            return {line.rstrip("\n"): number for number, line in enumerate(file)}
+    return _read_json(folder, "vocab.json")
+
+
+def _check_modules(models: Sequence[_Model], model_type: str, faults: Faults) -> None:
+    """sentence-transformers modules: none with weights of its own; of an encoder the same pooling where it is said."""
+    for model in models:
+        for folder in _module_folders(model.folder):
+            for root, _, names in os.walk(os.path.join(model.folder, folder)):
+                for name in names:
+                    if name.endswith(_WEIGHTS):
+                        where = os.path.relpath(os.path.join(root, name), model.folder)
+                        faults.add(model.name, f"its module {where} has weights of its own, which are not merged here")
+    if model_type != "encoder" or faults.count:
+        return
+    settings = [read_settings(model.folder) for model in models]
+    for model, own in zip(models[1:], settings[1:], strict=True):
+        if own.pooling is None:
+            continue
+        for name in ("pooling", "normalize"):
+            expected, found = getattr(settings[0], name), getattr(own, name)
+            if settings[0].pooling is None:
+                faults.add(
+                    model.name,
+                    f"{name} {found}, of which {models[0].name} says nothing: put first a model that says how it pools",
+                )
+            elif found != expected:
+                faults.add(model.name, f"{name} {found}; {expected} in {models[0].name}")
+
+
+def _plan(models: Sequence[_Model], model_type: str, dtype: torch.dtype | None, faults: Faults) -> _Plan:
+    first, *others = models
+    plan = _Plan({}, {}, set())
+
+    def is_copied(name: str, layout: Layout) -> bool:
+        return not layout.dtype.is_floating_point or name.rsplit(".", 1)[-1] in _COMPUTED
+
+    def may_lack(name: str, layout: Layout) -> bool:
+        return is_copied(name, layout) or (model_type == "encoder" and "pooler" in name.split("."))
+
+    shared = {name for name in first.files.tensors if all(name in model.files.tensors for model in others)}
+    for name, layout in first.files.tensors.items():
+        copied = is_copied(name, layout)
+        plan.tensors[name] = layout if copied or dtype is None else layout._replace(dtype=dtype)
+        sources = {0: name}
+        for number, model in enumerate(others, start=1):
+            own = model.files.tensors.get(name)
+            if own is not None and own.shape != layout.shape:
+                faults.add(f"{model.name}: {name}", f"its shape is {own.shape}; {layout.shape} in {first.name}")
+            elif own is not None and own.dtype.is_floating_point != layout.dtype.is_floating_point:
+                faults.add(f"{model.name}: {name}", f"its type is {own.dtype}; {layout.dtype} in {first.name}")
+            elif own is not None:
+                sources[number] = name
+            elif may_lack(name, layout):
+                copied = True
+            elif (tied := _tied_to(first.files, name, shared)) is not None:
+                sources[number] = tied
+            else:
+                faults.add(f"{model.name}: {name}", f"it is missing; {first.name} has it")
+        plan.sources[name] = {0: name} if copied else sources
+        if copied:
+            plan.copied.add(name)
+    for model in others:
+        for name, layout in model.files.tensors.items():
+            if name in first.files.tensors or may_lack(name, layout):
+                continue
+            if _tied_to(model.files, name, shared) is None:
+                faults.add(f"{model.name}: {name}", f"{first.name} has no such tensor")
+    return plan
+
+
+def _tied_to(files: TensorFiles, name: str, candidates: set[str]) -> str | None:
+    """The one of `candidates` that a tensor equals bit for bit, in the same model."""
+    layout = files.tensors[name]
+    size = _SLICE * layout.dtype.itemsize
+    for other in sorted(candidates):
+        if other == name or files.tensors[other] != layout:
+            continue
+        for start in range(0, layout.num_bytes, size):
+            left, right = (torch.empty(min(size, layout.num_bytes - start), dtype=torch.uint8) for _ in range(2))
+            files.read(name, start, left)
+            files.read(other, start, right)
+            if not torch.equal(left, right):
+                break
+        else:
+            return other
+    return None
+
+
+# ---- the stream
+
+
+def _write_weights(
+    folder: str, models: Sequence[_Model], weights: Sequence[float], plan: _Plan, shards: Mapping[str, Sequence[str]]
+) -> None:
+    from tqdm import tqdm
+
+    files = [model.files for model in models]
+    # (model, its name of the tensor, weight) of what each tensor is the sum of.
+    parts = {
+        name: [(0, name, 1.0)]
+        if name in plan.copied
+        else [(number, own, weights[number]) for number, own in sources.items() if weights[number]]
+        for name, sources in plan.sources.items()
+    }
+    total = sum(files[i].tensors[own].num_bytes for of in parts.values() for i, own, _ in of)
+    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+        for name, tensors in shards.items():
+            layouts = {tensor: plan.tensors[tensor] for tensor in tensors}
+            with closing(_averages(files, layouts, parts, bar.update)) as averages:
+                write_safetensors(os.path.join(folder, name), layouts, averages)
+    if len(shards) > 1:
+        write_index(os.path.join(folder, INDEX), plan.tensors, shards)
+
+
+def _averages(
+    files: Sequence[TensorFiles],
+    tensors: Mapping[str, Layout],
+    parts: Mapping[str, Sequence[tuple[int, str, float]]],
+    on_bytes: Callable[[int], Any],
+) -> Generator[torch.Tensor, None, None]:
+    """Yields the weighted averages slice by slice, tensor after tensor; each is overwritten by the next."""
+    widest = _SLICE * 8
+    # The slice in hand, the one before it, and those read ahead.
+    raw = [torch.empty(widest, dtype=torch.uint8) for _ in range(_READ_AHEAD + 2)]
+    summed, widened, narrowed = (torch.empty(widest, dtype=torch.uint8) for _ in range(3))
+
+    def slices(num_elements: int) -> list[tuple[int, int]]:
+        return [(start, min(_SLICE, num_elements - start)) for start in range(0, num_elements, _SLICE)]
+
+    def read() -> Iterator[torch.Tensor]:
+        turn = 0
+        for name, layout in tensors.items():
+            for start, count in slices(layout.numel):
+                for model, own, _ in parts[name]:
+                    width = files[model].tensors[own].dtype.itemsize
+                    buffer = raw[turn % len(raw)][: count * width]
+                    files[model].read(own, start * width, buffer)
+                    turn += 1
+                    yield buffer
+
+    with closing(prefetch(read(), _READ_AHEAD)) as arriving:  # type: ignore[type-var]
+        for name, layout in tensors.items():
+            dtypes = [files[model].tensors[own].dtype for model, own, _ in parts[name]]
+            wide = torch.float64 if torch.float64 in dtypes else torch.float32
+            # Equal slices stay as they are, bit for bit, where the weights sum to 1 as well as decimals can.
+            keeps_equal = len(set(dtypes)) == 1 and abs(math.fsum(weight for *_, weight in parts[name]) - 1) < 1e-6
+            for _, count in slices(layout.numel):
+                total = summed[: count * wide.itemsize].view(wide)
+                all_equal = keeps_equal
+                previous: torch.Tensor | None = None
+                for dtype, (*_, weight) in zip(dtypes, parts[name], strict=True):
+                    current = next(arriving)
+                    on_bytes(len(current))
+                    all_equal = all_equal and (previous is None or _same_bytes(previous, current))
+                    average_into(total, current.view(dtype), weight, widened, is_first=previous is None)
+                    previous = current
+                assert previous is not None
+                result = previous.view(dtypes[-1]) if all_equal else total
+                yield _narrow(result, narrowed[: count * layout.dtype.itemsize].view(layout.dtype), name)
+
+
+def average_into(
+    total: torch.Tensor, values: torch.Tensor, weight: float, buffer: torch.Tensor, *, is_first: bool
+) -> None:
+    """Adds `weight * values` to `total` (n,), both in the precision of `total`; the first of a sum replaces it.
+
+    Args:
+        buffer: uint8, room for n values in that precision.
+    """
+    if values.dtype != total.dtype and not is_first:
+        values = buffer[: total.numel() * total.dtype.itemsize].view(total.dtype).copy_(values)
+    if is_first:
+        total.copy_(values)
+        total.mul_(weight)
+    else:
+        total.add_(values, alpha=weight)
+
+
+def _same_bytes(left: torch.Tensor, right: torch.Tensor) -> bool:
+    # Where slices differ, the first few bytes nearly always do.
+    return torch.equal(left[:256], right[:256]) and torch.equal(left, right)
+
+
+def _narrow(values: torch.Tensor, out: torch.Tensor, name: str) -> torch.Tensor:
+    """`values` in the type of `out`, which is used only where they differ."""
+    if values.dtype == out.dtype:
+        return values
+    out.copy_(values)
+    if out.dtype != torch.bfloat16 and not out.float().isfinite().all() and values.isfinite().all():
+        largest = float(values.abs().max())
+        raise ValueError(f"{name}: the value {largest:g} is too large for {out.dtype}; ask for another dtype")
+    return out
+
+
+# ---- everything but the weights
+
+
+def _read_json(folder: str, name: str) -> Any:
+    path = os.path.join(folder, name)
+    if not os.path.isfile(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def _module_folders(folder: str) -> list[str]:
+    """Folders inside a model that belong to it."""
+    paths = [module.get("path") for module in _read_json(folder, "modules.json") or []]
+    return [
+        path for path in (*paths, "additional_chat_templates") if path and os.path.isdir(os.path.join(folder, path))
+    ]
+
+
+def _copy_other_files(source: str, target: str) -> None:
+    for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
+        is_of_model = not entry.name.startswith(".") and entry.name not in (*_NOT_COPIED, "config.json")
+        if entry.is_file() and is_of_model and not entry.name.endswith(_WEIGHTS):
+            shutil.copyfile(entry.path, os.path.join(target, entry.name))
+    for folder in _module_folders(source):
+        shutil.copytree(
+            os.path.join(source, folder),
+            os.path.join(target, folder),
+            copy_function=shutil.copyfile,
+            dirs_exist_ok=True,
+        )
+
+
+def _write_config(folder: str, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:
+    config = dict(config)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = str(dtype).removeprefix("torch.")
+    _write_text(os.path.join(folder, "config.json"), json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write_card(folder: str, name: str, models: Sequence[_Model], model_type: str, recipe: Mapping[str, Any]) -> None:
+    import yaml
+
+    _write_text(os.path.join(folder, RECIPE), json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
+    library = "sentence-transformers" if os.path.isfile(os.path.join(folder, "modules.json")) else "transformers"
+    on_hub = [model.name for model in models if not os.path.isdir(model.name)]
+    bases = "".join(f"\n- {base}" for base in on_hub)
+    rows = "\n".join(f"| {model['name']} | {model['weight']:.6g} |" for model in recipe["models"])
+    _write_text(
+        os.path.join(folder, "README.md"),
+        f"""---
+library_name: {library}
+tags: [merge, {model_type}]
+{f"base_model:{bases}" if on_hub else ""}
+---
+
+# {name}
+
+A weighted average of {len(models)} models' weights. Tokenizer, configuration and whatever else the folder holds are
+those of {recipe["models"][0]["name"]}.
+
+| model | weight |
+| :-- | --: |
+{rows}
+
+## Recipe
+
+```yaml
+{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()}
+```
+""",
+    )
+
+
+def _write_text(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _shown_name(name: str) -> str:
+    """A model's name as the card has it: folders are nobody else's business, their last part says enough."""
+    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
+
+
+def _floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
+        raise ValueError(f"dtype {dtype!r} is not float32, float16, bfloat16 or another floating-point type of torch")
+    return found
