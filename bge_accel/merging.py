@@ -26,7 +26,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
@@ -59,7 +59,7 @@ MODEL_TYPES = {
 RECIPE = "merge_recipe.json"
 """Name of the file in a merged model that says what it was made of."""
 TOLERANCE = 1e-3  # how far from 1 the sum of the weights may be
-_SLICE = 2**20  # elements that are averaged at a time
+_SLICE = 2**18  # elements that are averaged at a time
 _READ_AHEAD = 2  # slices
 _COMPUTED = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")  # last part of the names of such buffers
 # What may differ in config.json: it changes neither the tensors nor what is computed from them.
@@ -497,13 +497,27 @@ def _write_weights(
         for name, sources in plan.sources.items()
     }
     total = sum(files[i].tensors[own].num_bytes for of in parts.values() for i, own, _ in of)
-    with tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False) as bar:
+    with (
+        _one_thread(),
+        tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar,
+    ):
         for name, tensors in shards.items():
             layouts = {tensor: plan.tensors[tensor] for tensor in tensors}
             with closing(_averages(files, layouts, parts, bar.update)) as averages:
                 write_safetensors(os.path.join(folder, name), layouts, averages)
     if len(shards) > 1:
         write_index(os.path.join(folder, INDEX), plan.tensors, shards)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Has torch compute in one thread: disk and memory set the pace, and more threads would only wait for them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _averages(
@@ -637,14 +651,14 @@ def _write_card(folder: str, name: str, models: Sequence[_Model], model_type: st
     library = "sentence-transformers" if os.path.isfile(os.path.join(folder, "modules.json")) else "transformers"
     on_hub = [model.name for model in models if not os.path.isdir(model.name)]
     bases = "".join(f"\n- {base}" for base in on_hub)
+    rest = {key: value for key, value in recipe.items() if key != "models"}
     rows = "\n".join(f"| {model['name']} | {model['weight']:.6g} |" for model in recipe["models"])
     _write_text(
         os.path.join(folder, "README.md"),
         f"""---
 library_name: {library}
 tags: [merge, {model_type}]
-{f"base_model:{bases}" if on_hub else ""}
----
+{f"base_model:{bases}{chr(10)}" if on_hub else ""}---
 
 # {name}
 
@@ -658,7 +672,7 @@ those of {recipe["models"][0]["name"]}.
 ## Recipe
 
 ```yaml
-{yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()}
+{yaml.safe_dump(rest, sort_keys=False, allow_unicode=True).strip()}
 ```
 """,
     )
