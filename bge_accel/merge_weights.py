@@ -98,6 +98,18 @@ def mix_models_with_data(
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite_output_dir=overwrite_output_dir,
+        recipe={
+            "weights_from": {
+                "examples": len(examples),
+                "objective": objective,
+                "losses": losses,
+                "temperature": temperature,
+                "batch_size": batch_size,
+                "max_input_length": max_input_length,
+                "neg_number": neg_number,
+                "seed": seed,
+            }
+        },
         **hub,
     )
 

@@ -117,6 +117,7 @@ def mix_models(
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     overwrite_output_dir: bool = False,
+    recipe: Mapping[str, Any] | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -132,6 +133,7 @@ def mix_models(
         dtype: of the floating-point tensors, by torch's name; by default each has the first model's.
         max_shard_size: a larger model is written as several files.
         overwrite_output_dir: replace what stands at `output_path`.
+        recipe: added to what the model card and `merge_recipe.json` say, such as how the weights were found.
 
     Returns:
         The merged model, loaded by the `transformers` class of its type, in evaluation mode.
@@ -142,7 +144,8 @@ def mix_models(
     """
     loading = {"trust_remote_code": trust_remote_code}
     writing: dict[str, Any] = {"normalize": normalize, "dtype": dtype, "max_shard_size": max_shard_size}
-    writing |= {"overwrite_output_dir": overwrite_output_dir, "cache_dir": cache_dir, "token": token}
+    writing |= {"overwrite_output_dir": overwrite_output_dir, "recipe": recipe}
+    writing |= {"cache_dir": cache_dir, "token": token}
     if output_path is not None:
         merge_models(model_names_or_paths, model_type, weights, output_path, **writing)
         return load_merged(output_path, model_type, **loading)
@@ -191,11 +194,7 @@ def merge_models(
     cache_dir: str | None = None,
     token: str | None = None,
 ) -> None:
-    """`mix_models` without loading the result: memory is bounded by a few slices, whatever the models.
-
-    Args:
-        recipe: added to what the model card and `merge_recipe.json` say, such as how the weights were found.
-    """
+    """`mix_models` without loading the result: memory is bounded by a few slices, whatever the models."""
     weights = check_weights(weights, len(model_names_or_paths), normalize=normalize)
     out_dtype = _floating_dtype(dtype)
     shard_size = parse_size(max_shard_size)
