@@ -156,7 +156,7 @@ def main(cfg: Config) -> None:
     with user_errors():
         way = check(cfg)
 
-    from bge_accel.merging import check_output_folder, last_checkpoints, merge_models
+    from bge_accel.merging import check_output_folder, check_weights, last_checkpoints, merge_models
 
     hub = {"cache_dir": cfg.cache_dir}
     try:
@@ -166,7 +166,7 @@ def main(cfg: Config) -> None:
             check_output_folder(cfg.output_path, models, overwrite=cfg.overwrite_output_dir)
             recipe: dict[str, Any] = {}
             if way == "weights":
-                weights = list(cfg.weights or [])
+                weights = check_weights(cfg.weights or [], len(models), normalize=cfg.normalize)
             elif way == "last_checkpoints":
                 weights = [1 / len(models)] * len(models)
             elif way == "example_data":
@@ -180,7 +180,6 @@ def main(cfg: Config) -> None:
                 cfg.model_type,
                 weights,
                 cfg.output_path,
-                normalize=cfg.normalize,
                 dtype=cfg.dtype,
                 max_shard_size=cfg.max_shard_size,
                 overwrite_output_dir=cfg.overwrite_output_dir,

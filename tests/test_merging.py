@@ -564,34 +564,30 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 PEAK = """
-import sys
+import json, sys
 from bge_accel.merging import merge_models
-merge_models(sys.argv[2:], "encoder", [1 / (len(sys.argv) - 2)] * (len(sys.argv) - 2), sys.argv[1])
-print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
+for out, models in json.loads(sys.argv[1]).items():
+    merge_models(models, "encoder", [1 / len(models)] * len(models), out)
+    print(next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) // 1024)
 """
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="reads /proc")
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_memory_depends_on_neither_the_size_nor_the_number_of_models(tmp_path, kind):
-    peaks = []
-    for number, size in ((2, 1_000), (5, 16_000_000)):
-        paths = []
+    merges = {}
+    for number, size in ((2, 1_000_000), (5, 16_000_000)):
+        paths = merges[str(tmp_path / f"out-{size}")] = []
         for model in range(number):
-            paths.append(make(tmp_path / f"{size}-{model}", {"x": torch.full((size,), float(model))}))
+            tensors = {"x": torch.full((size,), float(model))}
+            paths.append(make(tmp_path / f"{size}-{model}", tensors))
             if kind == "bin":
                 os.remove(f"{paths[-1]}/model.safetensors")
-                torch.save({"x": torch.full((size,), float(model))}, f"{paths[-1]}/pytorch_model.bin")
-        done = subprocess.run(
-            [sys.executable, "-c", PEAK, str(tmp_path / f"out-{size}"), *paths],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        peaks.append(int(done.stdout))
-        shutil.rmtree(tmp_path / f"out-{size}")
-    assert peaks[1] - peaks[0] < 40 and peaks[1] < 600  # MB; one model has 64
+                torch.save(tensors, f"{paths[-1]}/pytorch_model.bin")
+    done = subprocess.run([sys.executable, "-c", PEAK, json.dumps(merges)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    small, large = map(int, done.stdout.split())
+    assert large - small < 20 and large < 600  # MB; one of the larger models has 64
 
 
 # ---- kinds of models
@@ -797,9 +793,9 @@ def test_the_loss_of_a_decoder(tmp_path, tiny_model):
         losses.append(torch.stack(found).mean())
     assert decoder_loss(path, examples, 2, 2048) == pytest.approx(torch.stack(losses).mean().item(), abs=1e-5)
     with pytest.raises(
-        ValueError, match="example 1: its input has 3 tokens, so that nothing of its output is left within"
+        ValueError, match="example 0: its input has 4 tokens, so that nothing of its output is left within"
     ):
-        decoder_loss(path, [examples[0], {"input": "list", "output": "x"}], 2, 3)
+        decoder_loss(path, examples, 2, 3)
     # And through the public function.
     other, _ = build("decoder", tmp_path / "b", tiny_model, 1)
     mixed = bge_accel.mix_models_with_data([path, other], "decoder", examples, temperature=0.1)
@@ -920,5 +916,17 @@ def test_against_lm_cocktail(tmp_path, real_model):
     examples = [row for row in EXAMPLES if len(row["neg"]) > 1]
     expected = theirs.mix_models_with_data(paths, "encoder", examples, **options).state_dict()
     ours = bge_accel.mix_models_with_data(paths, "encoder", examples, seed=42, **options).state_dict()
+    for name, tensor in expected.items():
+        assert (ours[name] - tensor).abs().max() <= 1e-6, name
+
+
+def test_a_decoder_against_lm_cocktail(tmp_path, tiny_model):
+    theirs = pytest.importorskip("LM_Cocktail", reason="the LM_Cocktail package is not installed")
+    paths = [build("decoder", tmp_path / str(seed), tiny_model, seed)[0] for seed in (0, 1)]
+    examples = [{"input": "the king", "output": "a story"}, {"input": "list", "output": "of string in the file"},
+                {"input": "why", "output": "value"}]  # fmt: skip
+    options = {"temperature": 0.01, "max_input_length": 64}
+    expected = theirs.mix_models_with_data(paths, "decoder", examples, **options).state_dict()
+    ours = bge_accel.mix_models_with_data(paths, "decoder", examples, **options).state_dict()
     for name, tensor in expected.items():
         assert (ours[name] - tensor).abs().max() <= 1e-6, name

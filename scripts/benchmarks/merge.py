@@ -124,6 +124,11 @@ def measure(tool: str, models: list[str], output: str) -> dict[str, float]:
     return {"seconds": seconds, "megabytes": peak * 1024 / 1e6}
 
 
+def available_gigabytes() -> float:
+    with open("/proc/meminfo") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("MemAvailable")) * 1024 / 1e9
+
+
 def main(cfg: Config) -> None:
     if cfg.measure is not None:
         print(json.dumps(measure(**json.loads(cfg.measure))))
@@ -141,6 +146,9 @@ def main(cfg: Config) -> None:
             best: dict[str, dict[str, float]] = {}
             for _ in range(cfg.rounds):
                 for tool in tools:
+                    if tool == "LM_Cocktail" and (needed := (number + 1) * size) > available_gigabytes() / 2:
+                        print(f"{tool} would hold {needed:.0f} GB, more than half of what is free", file=sys.stderr)
+                        continue
                     output = os.path.join(folder, "output")
                     task = json.dumps({"tool": tool, "models": models[:number], "output": output})
                     done = subprocess.run(
