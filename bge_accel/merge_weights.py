@@ -25,7 +25,6 @@ from bge_accel.merging import (
     load_merged,
     merge_models,
     mix_models,
-    model_folder,
     open_models,
 )
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten
@@ -153,9 +152,10 @@ def example_losses(
     for name, value in (("batch_size", batch_size), ("max_input_length", max_input_length)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it has to be at least 1")
-    folders = [model_folder(name, **hub) for name in model_names_or_paths]
     with ExitStack() as stack:
-        check_models(open_models(folders, stack), model_type)
+        models = open_models(model_names_or_paths, stack, **hub)
+        check_models(models, model_type)
+    folders = [model.folder for model in models]
     if model_type == "decoder":
         return [
             decoder_loss(folder, examples, batch_size, max_input_length, trust_remote_code=trust_remote_code)
@@ -370,10 +370,8 @@ def choose_mix(scores: Sequence[MixScore], max_drop: float = 0.0) -> MixScore:
 
     Of equals the one nearest to the base. The base itself (the first) loses nothing, so there always is one.
     """
-    base = scores[0]
-    allowed = [
-        score for score in scores if score.guard is None or base.guard is None or base.guard - score.guard <= max_drop
-    ]
+    least = -np.inf if scores[0].guard is None else scores[0].guard - max_drop - 1e-9  # 0.9 - 0.89 is over 0.01
+    allowed = [score for score in scores if score.guard is None or score.guard >= least]
     return max(allowed, key=lambda score: (score.dev, -score.tuned_weight))
 
 

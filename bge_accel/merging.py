@@ -67,6 +67,7 @@ _HARMLESS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
     "initializer_factor", "gradient_checkpointing", "problem_type", "finetuning_task", "output_past",
     "output_attentions", "output_hidden_states", "return_dict", "max_length", "task_specific_params",
+    "sentence_transformers",
 }  # fmt: skip
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt", ".h5",
             ".msgpack", ".ot", ".onnx", ".onnx_data", ".gguf", ".tflite", ".npz")  # fmt: skip
@@ -213,9 +214,8 @@ def merge_models(
             **(recipe or {}),
         }
         total = sum(layout.num_bytes for layout in plan.tensors.values())
-        parent = os.path.dirname(os.path.abspath(output_path))
+        parent = _existing_parent(output_path)
         try:
-            os.makedirs(parent, exist_ok=True)
             if shutil.disk_usage(parent).free < total:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with atomic_folder(output_path) as folder:
@@ -270,10 +270,17 @@ def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: b
         raise ValueError(f"the output {output_path} is a file; name a folder")
     if os.path.isdir(target) and os.listdir(target) and not overwrite:
         raise ValueError(f"the output {output_path} is not empty; name another folder, or ask for overwrite_output_dir")
-    while not os.path.exists(target):
-        target = os.path.dirname(target)
-    if not os.path.isdir(target) or not os.access(target, os.W_OK):
-        raise ValueError(f"the output {output_path} cannot be made in {target}, which is no writable folder")
+    parent = _existing_parent(output_path)
+    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
+        raise ValueError(f"the output {output_path} cannot be made in {parent}, which is no writable folder")
+
+
+def _existing_parent(path: str) -> str:
+    """The nearest folder above a path that is there."""
+    parent = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(parent):
+        parent = os.path.dirname(parent)
+    return parent
 
 
 def open_models(names: Sequence[str], stack: ExitStack, **hub: Any) -> list[_Model]:
@@ -357,45 +364,53 @@ def _check_configs(models: Sequence[_Model], model_type: str, faults: Faults) ->
 
 
 def _check_vocabularies(models: Sequence[_Model], faults: Faults) -> None:
-    """A model without a tokenizer beside it has none that could differ."""
-    known = [(model, vocabulary) for model in models if (vocabulary := _vocabulary(model.folder)) is not None]
-    for model, vocabulary in known[1:]:
-        first, expected = known[0]
-        if vocabulary == expected:
+    """A model without a tokenizer beside it, or with one of another kind, has none that could be compared."""
+    found = [(model, name) for model in models if (name := _vocabulary_file(model.folder)) is not None]
+    for model, name in found[1:]:
+        first, first_name = found[0]
+        paths = os.path.join(model.folder, name), os.path.join(first.folder, first_name)
+        if filecmp.cmp(*paths, shallow=False):
             continue
-        if vocabulary.keys() != expected.keys():
-            token = next(iter(sorted(vocabulary.keys() ^ expected.keys())))
+        vocabulary, expected = map(_read_vocabulary, paths)
+        if vocabulary is None or expected is None:
+            if name == first_name:
+                faults.add(model.name, f"another vocabulary: its {name} is not that of {first.name}")
+        elif vocabulary.keys() != expected.keys():
+            token = min(vocabulary.keys() ^ expected.keys())
             owner = model if token in vocabulary else first
-            what = f"{len(vocabulary):,} tokens, {len(expected):,} in {first.name}; {shorten(token)} is only in {owner.name}"
-        else:
+            counts = f"{len(vocabulary):,} tokens, {len(expected):,} in {first.name}"
+            faults.add(model.name, f"another vocabulary: {counts}; {shorten(token)} is only in {owner.name}")
+        elif vocabulary != expected:
             token = next(token for token in expected if vocabulary[token] != expected[token])
-            what = f"{shorten(token)} has number {vocabulary[token]}, and {expected[token]} in {first.name}"
-        faults.add(model.name, f"another vocabulary: {what}")
-    if not known:
-        for file in ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"):
-            paths = [(model, path) for model in models if os.path.isfile(path := os.path.join(model.folder, file))]
-            for model, path in paths[1:]:
-                if not filecmp.cmp(path, paths[0][1], shallow=False):
-                    faults.add(model.name, f"another vocabulary: its {file} is not that of {paths[0][0].name}")
+            numbers = f"{shorten(token)} has number {vocabulary[token]}, and {expected[token]} in {first.name}"
+            faults.add(model.name, f"another vocabulary: {numbers}")
 
 
-def _vocabulary(folder: str) -> dict[str, int] | None:
-    """Token to number, from the files of a tokenizer; None where they are of another kind, or not there."""
-    content = _read_json(folder, "tokenizer.json")
-    if content is not None:
-        vocabulary = (content.get("model") or {}).get("vocab") or {}
-        if isinstance(vocabulary, list):  # Unigram: [piece, score] in order
-            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-        return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
-    path = os.path.join(folder, "vocab.txt")
-    if os.path.isfile(path):
+def _vocabulary_file(folder: str) -> str | None:
+    names = "tokenizer.json vocab.txt vocab.json tokenizer.model spiece.model sentencepiece.bpe.model".split()
+    return next((name for name in names if os.path.isfile(os.path.join(folder, name))), None)
+
+
+def _read_vocabulary(path: str) -> dict[str, int] | None:
+    """Token to number; None where the file is not text."""
+    folder, name = os.path.split(path)
+    if name == "vocab.txt":
         with open(path, encoding="utf-8") as file:
             return {line.rstrip("\n"): number for number, line in enumerate(file)}
-    return _read_json(folder, "vocab.json")
+    if not name.endswith(".json"):
+        return None
+    content = _read_json(folder, name)
+    if name == "vocab.json":
+        return content
+    vocabulary = (content.get("model") or {}).get("vocab") or {}
+    if isinstance(vocabulary, list):  # Unigram: [piece, score] in order
+        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
 
 
 def _check_modules(models: Sequence[_Model], model_type: str, faults: Faults) -> None:
     """sentence-transformers modules: none with weights of its own; of an encoder the same pooling where it is said."""
+    before = faults.count
     for model in models:
         for folder in _module_folders(model.folder):
             for root, _, names in os.walk(os.path.join(model.folder, folder)):
@@ -403,7 +418,7 @@ def _check_modules(models: Sequence[_Model], model_type: str, faults: Faults) ->
                     if name.endswith(_WEIGHTS):
                         where = os.path.relpath(os.path.join(root, name), model.folder)
                         faults.add(model.name, f"its module {where} has weights of its own, which are not merged here")
-    if model_type != "encoder" or faults.count:
+    if model_type != "encoder" or faults.count > before:
         return
     settings = [read_settings(model.folder) for model in models]
     for model, own in zip(models[1:], settings[1:], strict=True):
@@ -551,6 +566,7 @@ def _averages(
             wide = torch.float64 if torch.float64 in dtypes else torch.float32
             # Equal slices stay as they are, bit for bit, where the weights sum to 1 as well as decimals can.
             keeps_equal = len(set(dtypes)) == 1 and abs(math.fsum(weight for *_, weight in parts[name]) - 1) < 1e-6
+            is_copy = keeps_equal and len(dtypes) == 1
             for _, count in slices(layout.numel):
                 total = summed[: count * wide.itemsize].view(wide)
                 all_equal = keeps_equal
@@ -559,7 +575,8 @@ def _averages(
                     current = next(arriving)
                     on_bytes(len(current))
                     all_equal = all_equal and (previous is None or _same_bytes(previous, current))
-                    average_into(total, current.view(dtype), weight, widened, is_first=previous is None)
+                    if not is_copy:
+                        average_into(total, current.view(dtype), weight, widened, is_first=previous is None)
                     previous = current
                 assert previous is not None
                 result = previous.view(dtypes[-1]) if all_equal else total
@@ -616,6 +633,9 @@ def _read_json(folder: str, name: str) -> Any:
 def _module_folders(folder: str) -> list[str]:
     """Folders inside a model that belong to it."""
     paths = [module.get("path") for module in _read_json(folder, "modules.json") or []]
+    outside = next((path for path in paths if path and (os.path.isabs(path) or ".." in path.split("/"))), None)
+    if outside is not None:
+        raise ValueError(f"{folder}: its modules.json names {outside!r}, which is not inside the model")
     return [
         path for path in (*paths, "additional_chat_templates") if path and os.path.isdir(os.path.join(folder, path))
     ]

@@ -55,11 +55,13 @@ class Layout(NamedTuple):
 
 
 class _Place(NamedTuple):
-    """Where a tensor's bytes lie: in a file, or mapped into memory."""
+    """Where a tensor's bytes lie: in a file, or in memory."""
 
     path: str
     offset: int = 0
-    mapped: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    """Of a `.bin` file: (n,), mapped or, where they do not lie in order, a copy."""
+    is_mapped: bool = False
 
 
 class TensorFiles:
@@ -99,11 +101,12 @@ class TensorFiles:
             start: first byte, counted from the beginning of the tensor.
             into: (bytes,) uint8, filled to its end.
         """
-        path, offset, mapped = self._places[name]
-        if mapped is not None:
-            source = mapped.view(torch.uint8)[start : start + len(into)]
+        path, offset, values, is_mapped = self._places[name]
+        if values is not None:
+            source = values.view(torch.uint8)[start : start + len(into)]
             into.copy_(source)
-            _forget(source)
+            if is_mapped:
+                _forget(source)
             return
         if path not in self._handles:
             self._handles[path] = os.open(path, os.O_RDONLY)
@@ -167,8 +170,8 @@ class TensorFiles:
         for name, tensor in loaded.items():
             if not isinstance(tensor, torch.Tensor):
                 raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
-            flat = tensor.detach().reshape(-1)
-            self._add(name, Layout(tensor.dtype, tuple(tensor.shape)), _Place(path, mapped=flat))
+            place = _Place(path, values=tensor.detach().reshape(-1), is_mapped=tensor.is_contiguous())
+            self._add(name, Layout(tensor.dtype, tuple(tensor.shape)), place)
 
     def _add(self, name: str, layout: Layout, place: _Place) -> None:
         if name in self.tensors:

@@ -158,7 +158,6 @@ def main(cfg: Config) -> None:
 
     from bge_accel.merging import check_output_folder, check_weights, last_checkpoints, merge_models
 
-    hub = {"cache_dir": cfg.cache_dir}
     try:
         with user_errors():
             # ---- models and weights
@@ -184,10 +183,11 @@ def main(cfg: Config) -> None:
                 max_shard_size=cfg.max_shard_size,
                 overwrite_output_dir=cfg.overwrite_output_dir,
                 recipe=recipe,
-                **hub,
+                cache_dir=cfg.cache_dir,
             )
     except OSError as error:
-        raise SystemExit(f"mix_models.py: error: {error.strerror or error}") from None
+        where = f"{error.filename}: " if error.filename else ""
+        raise SystemExit(f"mix_models.py: error: {where}{error.strerror or error}") from None
     for model, weight in zip(models, weights, strict=True):
         print(f"{weight:8.4f}  {model}")
     print(f"wrote {cfg.output_path}")
