@@ -147,6 +147,14 @@ def test_settings_that_cannot_work(args, message):
         script["check"](cfg)
 
 
+def test_a_plot_asks_for_matplotlib_before_anything_is_read(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    script = runpy.run_path(str(SCRIPT))
+    args = ["--model_names_or_paths", "a/b", "c/d", "--search", "--dev_data", "x", "--plot", "y.png"]
+    with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
+        script["check"](parse_config(script["Config"], [*args, "--output_path", "out"]))
+
+
 def test_help_is_quick(run_script):
     start = time.perf_counter()
     done = run_script("mix_models.py", "--help")
