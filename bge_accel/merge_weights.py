@@ -27,6 +27,7 @@ from bge_accel.merging import (
     mix_models,
     open_models,
 )
+from bge_accel.model import max_positions
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten
 
 OBJECTIVES = ("loss", "ndcg@10")
@@ -254,7 +255,7 @@ def encoder_loss(
     starts = np.cumsum([0, *groups])
     if all(starts[min(at + batch_size, len(groups))] - starts[at] == 1 for at in range(0, len(groups), batch_size)):
         raise ValueError('no example has a "neg" to be compared with: give some, or a batch_size above 1')
-    max_length = min(max_length, model.max_length)
+    max_length = min(max_length, max_positions(model.encoder.backbone.config))
     q_emb, p_emb = (
         torch.from_numpy(encode_texts(model.encoder, model.tokenizer, texts, max_length=max_length))
         for texts in (queries, passages)

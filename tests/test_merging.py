@@ -263,6 +263,36 @@ def test_models_that_do_not_fit_are_named_before_anything_is_written(tmp_path, o
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ({"vocab.txt": "a\nb\n"}, {"vocab.txt": "b\na\n"}, '"a" has number 1, and 0 in'),
+        ({"vocab.json": '{"a": 0}'}, {"vocab.json": '{"b": 0}'}, '1 tokens, 1 in .*; "a" is only in'),
+        ({"spiece.model": "x"}, {"spiece.model": "y"}, "its spiece.model is not that of"),
+        ({"tokenizer.json": '{"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}'}, {"vocab.txt": "b\na\n"}, '"a" has number 1'),
+        ({"tokenizer.json": '{"model": {"vocab": [["a", -1.0], ["b", -2.0]]}}'}, {"vocab.txt": "a\nb\n"}, None),
+        ({"vocab.txt": "a\n"}, {}, None),
+        ({"vocab.txt": "a\n"}, {"spiece.model": "x"}, None),
+    ],
+)  # fmt: skip
+def test_vocabularies_of_every_kind(tmp_path, first, second, message):
+    models = [make(tmp_path / name, X) for name in "ab"]
+    for model, files in zip(models, (first, second), strict=True):
+        for name, content in files.items():
+            Path(model, name).write_text(content)
+    if message is None:
+        merge_models(models, "encoder", [0.5, 0.5], str(tmp_path / "out"))
+    else:
+        with pytest.raises(ValueError, match=f"b: another vocabulary: {message}"):
+            merge_models(models, "encoder", [0.5, 0.5], str(tmp_path / "out"))
+
+
+def test_modules_outside_the_model_are_refused(tmp_path):
+    model = make(tmp_path / "deep" / "a", X, modules_json=[{"path": "../outside", "type": "x.Pooling"}])
+    with pytest.raises(ValueError, match=r"modules\.json names '\.\./outside', which is not inside the model"):
+        merge_models([model, model], "decoder", [0.5, 0.5], str(tmp_path / "out"))
+
+
 def test_what_may_differ(tmp_path):
     a = make(
         tmp_path / "a", X, {**BERT, "transformers_version": "4.1", "hidden_dropout_prob": 0.1, "_name_or_path": "x"}
