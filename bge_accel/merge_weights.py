@@ -9,7 +9,6 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_accel.encoding import EmbeddingModel, default_device, encode_texts
-from bge_accel.evaluation import Corpus, EvaluationData, Judgements, Queries, evaluate_retrieval
+from bge_accel.evaluation import EvaluationData, evaluate_retrieval
 from bge_accel.merging import (
     check_models,
     check_output_folder,
@@ -29,6 +28,7 @@ from bge_accel.merging import (
 )
 from bge_accel.model import max_positions
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten
+from bge_accel.validation import retrieval_from_rows
 
 OBJECTIVES = ("loss", "ndcg@10")
 CONTRASTIVE_TEMPERATURE = 0.05  # LM-Cocktail's
@@ -217,21 +217,7 @@ def _check_example(where: str, row: Any, model_type: str, faults: Faults) -> Non
 
 def examples_to_retrieve(examples: Examples) -> EvaluationData:
     """Queries, the passages of all examples as a corpus, and "pos" as judgements."""
-    positives: dict[str, dict[str, None]] = {}
-    for row in examples:
-        positives.setdefault(row["query"], {}).update(dict.fromkeys(row["pos"]))
-    texts = list(dict.fromkeys(chain.from_iterable([*row["pos"], *(row.get("neg") or [])] for row in examples)))
-    rows = {text: number for number, text in enumerate(texts)}
-    pairs = [(query, rows[text], 1) for query, of in enumerate(positives.values()) for text in of]
-    return EvaluationData(
-        Corpus([str(number) for number in range(len(texts))], texts, texts),
-        Queries(
-            [str(number) for number in range(len(positives))], list(positives), [list(of) for of in positives.values()]
-        ),
-        Judgements(*np.array(pairs, dtype=np.int64).reshape(-1, 3).T),
-        {},
-        [],
-    )
+    return retrieval_from_rows((f"example {number}", row) for number, row in enumerate(examples))
 
 
 # ---- losses
