@@ -1,6 +1,6 @@
 """Weights for merging: from the loss of each model on a few examples, or from a search between a model and its base.
 
-From examples as in LM-Cocktail (Xiao et al. 2023, https://arxiv.org/abs/2311.13534, section 3.2): the soft-max of minus
+From examples as in LM-Cocktail (Xiao et al. 2023, https://arxiv.org/abs/2311.13534): the soft-max of minus
 each model's loss over a temperature. One model at a time is in memory.
 """
 
@@ -17,16 +17,9 @@ import torch.nn.functional as F
 
 from bge_accel.encoding import EmbeddingModel, default_device, encode_texts
 from bge_accel.evaluation import EvaluationData, evaluate_retrieval
-from bge_accel.merging import (
-    check_models,
-    check_output_folder,
-    known_arguments,
-    load_merged,
-    merge_models,
-    mix_models,
-    open_models,
-)
-from bge_accel.model import max_positions
+from bge_accel.merge_plan import check_models, open_models
+from bge_accel.merging import check_output_folder, known_arguments, load_merged, merge_models, mix_models
+from bge_accel.model import max_positions, read_settings
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten
 from bge_accel.validation import retrieval_from_rows
 
@@ -115,7 +108,7 @@ def mix_models_with_data(
 
 
 def weights_from_losses(losses: Sequence[float], temperature: float) -> list[float]:
-    """Soft-max of minus the losses over the temperature, in float32 (LM-Cocktail, eq. 4)."""
+    """Soft-max of minus the losses over the temperature, in float32."""
     if not temperature > 0:
         raise ValueError(f"the temperature is {temperature}: it has to be above 0")
     return torch.softmax(-torch.tensor(losses, dtype=torch.float32) / temperature, -1).tolist()
@@ -153,6 +146,8 @@ def example_losses(
     for name, value in (("batch_size", batch_size), ("max_input_length", max_input_length)):
         if value < 1:
             raise ValueError(f"{name} is {value}: it has to be at least 1")
+    if neg_number < 0:
+        raise ValueError(f"neg_number is {neg_number}: it has to be at least 0")
     with ExitStack() as stack:
         models = open_models(model_names_or_paths, stack, **hub)
         check_models(models, model_type)
@@ -163,8 +158,18 @@ def example_losses(
             for folder in folders
         ]
     losses = []
+    first = read_settings(folders[0])
     for folder in folders:
-        model = EmbeddingModel(folder, dtype="float32", trust_remote_code=trust_remote_code)
+        # A model that does not say how it pools is used as the merged one will be.
+        own = read_settings(folder)
+        said = first if own.pooling is None else own
+        model = EmbeddingModel(
+            folder,
+            dtype="float32",
+            pooling=said.pooling,
+            normalize=said.normalize,
+            trust_remote_code=trust_remote_code,
+        )
         if objective == "loss":
             losses.append(encoder_loss(model, examples, batch_size, max_input_length, neg_number, seed))
         else:

@@ -781,6 +781,14 @@ def test_the_loss_of_an_encoder(pair, batch_size, neg_number):
         assert loss != pytest.approx(plain_loss(path, EXAMPLES, batch_size, neg_number, 3, "cls"), abs=1e-3)
 
 
+def test_a_model_that_does_not_say_how_it_pools_is_judged_as_the_first(pair, tmp_path):
+    shutil.copytree(pair[0], tmp_path / "silent")
+    (tmp_path / "silent" / "modules.json").unlink()
+    examples = [{**row, "prompt": "what: "} for row in EXAMPLES]
+    losses = example_losses([pair[0], str(tmp_path / "silent")], "encoder", examples)
+    assert losses[0] == losses[1]
+
+
 def test_weights_are_the_soft_max_of_minus_the_losses():
     expected = np.exp([-1 / 5, -2 / 5, -4 / 5]) / np.exp([-1 / 5, -2 / 5, -4 / 5]).sum()
     assert weights_from_losses([1, 2, 4], 5.0) == pytest.approx(expected, abs=1e-7)
