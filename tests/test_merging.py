@@ -541,6 +541,7 @@ while not found or found[-1]["status"]:
                 tensors[key] = torch.empty(layout.num_bytes, dtype=torch.uint8)
                 files.read(key, 0, tensors[key])
             values = {key: value.view(torch.float32).sum().item() for key, value in tensors.items()}
+            values["others"] = sorted(file for file in os.listdir(f"{folder}/{name}") if "safetensors" not in file)
             loads[name] = values if config else None
         except ValueError:
             loads[name] = None
@@ -551,16 +552,16 @@ print(json.dumps(found))
 
 def test_a_merge_killed_at_any_moment_leaves_nothing_that_loads(tmp_path):
     size = 400_000
-    models = [
-        make(tmp_path / name, {key: torch.full((size,), value) for key in "xyz"})
-        for name, value in (("a", 1.0), ("b", 3.0))
-    ]
+    models = []
+    for name, value in (("a", 1.0), ("b", 3.0)):
+        models.append(make(tmp_path / name, {key: torch.full((size,), value) for key in "xyz"}))
+        Path(models[-1], "vocab.txt").write_text("a\n")
     done = subprocess.run(
         [sys.executable, "-c", KILLED, str(tmp_path / "work"), *models], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
-    whole = dict.fromkeys("xyz", 2.0 * size)
+    whole = dict.fromkeys("xyz", 2.0 * size) | {"others": ["README.md", "config.json", RECIPE, "vocab.txt"]}
     assert len(found) > 30 and all(one["status"] == signal.SIGKILL for one in found[:-1])
     for one in found:
         for name, values in one["loads"].items():
