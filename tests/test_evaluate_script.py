@@ -53,7 +53,7 @@ def test_the_documented_line_of_flagembedding(run_script, tiny_model, toy, tmp_p
     assert documented == pytest.approx({name: result["metrics"][name] for name in documented}, abs=1e-6)
     assert result["counts"]["missing_positives"] == 1
     assert result["model"]["query_instruction"] == "Represent this sentence for searching relevant passages: "
-    assert result["config"]["k"] == 100 and result["config"]["encoder"] == tiny_model
+    assert result["config"]["k"] == 100 and result["config"]["encoder"] == [tiny_model]
     assert result["versions"]["torch"] and all(seconds >= 0 for seconds in result["seconds"].values())
     header, *rows = done.stdout.splitlines()[-9:-2]
     assert header.split() == ["@1", "@3", "@5", "@10", "@100"]
