@@ -148,7 +148,7 @@ def _moved_row(data: EvaluationData, base: Evaluation, other: Evaluation, metric
 
 def differences_table(differences: Mapping[str, Difference], base: str, other: str, confidence: float = 0.95) -> str:
     """One row a metric: both means, the difference with its interval, the p-value, and the queries better and worse."""
-    rows = [["", base, other, "difference", f"{confidence:.0%} interval", "p", "better", "worse", "equal"]]
+    rows = [["", base, other, "difference", f"{100 * confidence:g} % interval", "p", "better", "worse", "equal"]]
     for name, found in differences.items():
         rows.append([name, f"{found.base:.4f}", f"{found.other:.4f}", *difference_cells(found)])
     return text_table(rows)
@@ -159,7 +159,7 @@ def difference_cells(found: Difference) -> list[str]:
     return [
         f"{found.mean:+.4f}",
         f"{found.low:+.4f} to {found.high:+.4f}",
-        f"{found.p_value:.4f}" if found.p_value >= 0.0001 else "<0.0001",
+        f"{found.p_value:.4f}",
         f"{found.better:,}",
         f"{found.worse:,}",
         f"{found.equal:,}",
@@ -170,9 +170,7 @@ def verdict(found: Difference, metric: str, base: str, other: str, confidence: f
     """One sentence on whether the difference is more than chance."""
     if not found.better and not found.worse:
         return f"{metric}: {other} and {base} score the same on every query: no difference."
-    interval = (
-        f"{found.mean:+.4f} ({confidence:.0%} interval {found.low:+.4f} to {found.high:+.4f}, p = {found.p_value:.4f})"
-    )
+    interval = f"{found.mean:+.4f} ({100 * confidence:g} % interval {found.low:+.4f} to {found.high:+.4f}, p = {found.p_value:.4f})"
     if found.p_value < 1 - confidence and (found.low > 0 or found.high < 0):
         return f"{metric}: {other} is {'better' if found.mean > 0 else 'worse'} than {base} by {interval}."
     return f"{metric}: {other} differs from {base} by {interval}: that can be chance."

@@ -118,7 +118,7 @@ class _Axes:
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
     def frame(self, x_ticks: Sequence[float], x_texts: Sequence[str], x_label: str, y_label: str) -> list[str]:
-        parts = [f'<text class="unit" x="{LEFT - 8}" y="14" text-anchor="start">{escape(y_label)}</text>']
+        parts = [f'<text class="unit" x="0" y="14">{escape(y_label)}</text>']
         for tick, text in zip(self.y_ticks, tick_labels(self.y_ticks), strict=True):
             y = self.up(tick)
             parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
@@ -201,8 +201,8 @@ def _svg_histogram(figure: Histogram) -> str:
 
 
 def _svg_intervals(figure: Intervals) -> str:
-    row_height, left = 26, 150
-    height = TOP + row_height * len(figure.rows) + BOTTOM
+    row_height, left = max(26.0, (HEIGHT - TOP - BOTTOM) / max(len(figure.rows), 1)), 150
+    height = TOP + round(row_height * len(figure.rows)) + BOTTOM
     ends = [0.0, *(end for _, _, low, high in figure.rows for end in (low, high))]
     ticks = nice_ticks(min(ends), max(ends), 8)
     parts = []

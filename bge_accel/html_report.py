@@ -26,12 +26,12 @@ main { max-width: 1160px; margin: 0 auto; padding: 40px 28px 72px }
 h1 { font-size: 28px; line-height: 1.2; letter-spacing: -.01em; margin: 0 0 6px }
 h2 { font-size: 19px; margin: 44px 0 14px; letter-spacing: -.005em }
 h3 { font-size: 15px; margin: 26px 0 10px }
-p { margin: 0 0 10px; max-width: 78ch } .muted { color: var(--muted) }
+p { margin: 0 0 10px; max-width: 92ch } .muted { color: var(--muted) }
 .lead { font-size: 17px; margin-top: 14px }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 22px 0 0 }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 18px; min-width: 132px }
 .tile b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums } .tile span { color: var(--muted); font-size: 13px }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px }
+.figures { margin: 18px 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 16px 8px }
 figcaption { font-weight: 600; display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; margin-bottom: 6px }
 .key { font-weight: 400; font-size: 13px; color: var(--muted) } .key i { display: inline-block; width: 11px; height: 11px;
@@ -93,8 +93,10 @@ class Page:
         if drawn:
             self.parts.append(f'<div class="figures">{"".join(drawn)}</div>')
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[str]], signed: int | None = None) -> None:
-        """A table of figures; cells of the column `signed` are coloured by their sign."""
+    def table(
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], *, signed: int | None = None, folded: str = ""
+    ) -> None:
+        """A table of figures; cells of the column `signed` are coloured by their sign. `folded`: a title to open it by."""
         lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
         for row in rows:
             cells = []
@@ -102,7 +104,8 @@ class Page:
                 kind = {"+": "up", "-": "down"}.get(cell[:1], "") if column == signed else ""
                 cells.append(f'<td class="{kind}">{escape(cell)}</td>' if kind else f"<td>{escape(cell)}</td>")
             lines.append("<tr>" + "".join(cells) + "</tr>")
-        self.parts.append(f'<div class="scroll"><table>{"".join(lines)}</table></div>')
+        table = f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+        self.parts.append(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def settings(self, title: str, values: Mapping[str, Any]) -> None:
         """Names and values, folded away."""
@@ -165,7 +168,8 @@ def evaluation_page(result: Mapping[str, Any]) -> Page:
     about = f"{counts['judged_queries']:,} judged queries, {counts['positives']:,} positives"
     if "corpus" in counts:
         about += f", {counts['corpus']:,} passages"
-    page = Page(" and ".join(systems) if len(systems) < 3 else f"{len(systems)} systems compared", about)
+    base, *others = systems
+    page = Page(f"{', '.join(others)} against {base}" if others else base, about)
     _add_result(page, result)
     page.settings("Configuration", result["config"])
     page.settings("Versions", result["versions"])
@@ -178,25 +182,31 @@ def results_page(results: Mapping[str, Mapping[str, Any]]) -> Page:
         return evaluation_page(next(iter(results.values())))
     page = Page("Evaluations", ", ".join(results))
     for name, result in results.items():
-        page.heading(name)
+        page.heading(os.path.basename(name))
         _add_result(page, result)
     return page
 
 
 def training_page(
-    name: str, log: Sequence[Mapping[str, Any]], config: Mapping[str, Any], results: Mapping[str, Mapping[str, Any]]
+    name: str,
+    log: Sequence[Mapping[str, Any]],
+    config: Mapping[str, Any],
+    samples: Sequence[Mapping[str, Any]],
+    results: Mapping[str, Mapping[str, Any]],
 ) -> Page:
     """The page of a training run.
 
     Args:
         log: rows of `train_log.jsonl`.
         config: of `run_config.yaml`.
+        samples: some of the training rows.
         results: {name: what evaluate_retrieval.py wrote}, to be shown below.
     """
     curves = _curves(log)
     trained = [row for row in log if "loss" in row]
     last = trained[-1] if trained else {}
-    page = Page(name, f"fine-tuned from {config.get('model_name_or_path', 'a model')}")
+    start = os.path.basename(str(config.get("model_name_or_path", "a model")).rstrip("/"))
+    page = Page(name, f"fine-tuned from {start}")
     tiles = [(f"{last['step']:,}", "steps")] if last else []
     tiles += [(f"{last[key]:{form}}", what) for key, form, what in (
         ("epoch", ".2f", "epochs"), ("loss", ".4f", "last loss"), ("accuracy", ".1%", "last in-batch accuracy"),
@@ -209,8 +219,21 @@ def training_page(
         page.heading("Evaluation during training")
         page.draw(metrics)
     for of, result in results.items():
-        page.heading(of)
+        page.heading(os.path.basename(of))
         _add_result(page, result)
+    if samples:
+        page.heading("Training rows")
+        page.cards(
+            [
+                (
+                    row["query"],
+                    f"{len(row['pos'])} positive, {len(row.get('neg') or [])} negative",
+                    [("positive", row["pos"][0], True)]
+                    + [("negative", text, False) for text in (row.get("neg") or [])[:2]],
+                )
+                for row in samples
+            ]
+        )
     page.heading("Settings")
     page.settings("Configuration", config)
     return page
@@ -229,27 +252,39 @@ def _add_result(page: Page, result: Mapping[str, Any]) -> None:
     for comparison in result.get("comparisons", {}).values():
         page.text(comparison["verdict"], "lead")
     for name, comparison in result.get("comparisons", {}).items():
-        page.heading(f"{name} against {base}")
+        if len(result["comparisons"]) > 1:
+            page.heading(f"{name} against {base}")
         differences = {
             metric: Difference(**{field: values[field] for field in Difference._fields})
             for metric, values in comparison["metrics"].items()
         }
-        head = ["", base, name, "difference", "95 % interval", "p", "queries better", "worse", "equal"]
-        rows = [
-            [metric, f"{found.base:.4f}", f"{found.other:.4f}", *difference_cells(found)]
-            for metric, found in differences.items()
-        ]
-        page.table(head, rows, signed=3)
+        chosen = differences[result["compare_metric"]]
+        page.tiles(
+            [
+                (f"{chosen.base:.4f}", f"{result['compare_metric']} of {base}"),
+                (f"{chosen.other:.4f}", f"{result['compare_metric']} of {name}"),
+                (f"{chosen.mean:+.4f}", f"difference, {chosen.low:+.4f} to {chosen.high:+.4f}"),
+                (f"{chosen.better:,} / {chosen.worse:,} / {chosen.equal:,}", "queries better / worse / equal"),
+            ]
+        )
         shown = _main_metrics(list(differences), result["compare_metric"])
-        intervals = [
-            (metric, differences[metric].mean, differences[metric].low, differences[metric].high) for metric in shown
-        ]
         page.draw(
             [
-                Intervals(f"Difference to {base}, 95 % intervals", f"{name} − {base}", intervals),
+                Intervals(
+                    f"Difference to {base}, 95 % intervals",
+                    f"{name} − {base}",
+                    [(metric, differences[metric].mean, *differences[metric][2:4]) for metric in shown],
+                ),
                 *_cutoff_figures({of: systems[of] for of in (base, name)})[:1],
             ]
         )
+        head = ["", base, name, "difference", "95 % interval", "p", "queries better", "worse", "equal"]
+        cells = {
+            metric: [metric, f"{found.base:.4f}", f"{found.other:.4f}", *difference_cells(found)]
+            for metric, found in differences.items()
+        }
+        page.table(head, [cells[metric] for metric in shown], signed=3)
+        page.table(head, list(cells.values()), signed=3, folded="All metrics")
         for what in ("gained", "lost"):
             page.heading(f"Queries that {what} most by {result['compare_metric']}: {len(comparison[what])} shown", 3)
             page.cards([_moved_card(row, base, name) for row in comparison[what]])

@@ -12,10 +12,11 @@ import importlib.util
 import json
 import os
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.reading import Faults, read_rows
+from bge_accel.reading import Faults, find_files, read_rows
 
 
 @dataclass(kw_only=True)
@@ -54,6 +55,14 @@ def read_settings(folder: str) -> dict[str, Any]:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
+def read_samples(settings: dict[str, Any], limit: int = 6) -> list[dict[str, Any]]:
+    """The first rows of the training data, evenly from its files, as far as those are still there."""
+    paths = [path for path in settings.get("train_data") or [] if not path.endswith((".yaml", ".yml"))]
+    files = find_files([path for path in paths if os.path.exists(path)], Faults())
+    share = -(-limit // len(files)) if files else 0
+    return [row for file in files[:limit] for _, _, row in islice(read_rows(file, Faults()), share)][:limit]
+
+
 def read_result(path: str) -> dict[str, Any]:
     """What an evaluation wrote; ValueError where it is something else."""
     try:
@@ -82,7 +91,8 @@ def main(cfg: Config) -> None:
 
         if cfg.run is not None:
             name = os.path.basename(os.path.abspath(cfg.run))
-            page = training_page(name, read_log(cfg.run), read_settings(cfg.run), results)
+            settings = read_settings(cfg.run)
+            page = training_page(name, read_log(cfg.run), settings, read_samples(settings), results)
         else:
             page = results_page(results)
     with atomic_file(cfg.output_file) as file:
