@@ -1,6 +1,7 @@
 """One HTML page per training run and per evaluation or comparison; it holds all it needs and loads nothing."""
 
 import json
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -366,7 +367,7 @@ def _curves(log: Sequence[Mapping[str, Any]]) -> dict[str, Line]:
         if isinstance(value, Mapping):
             for name, inside in value.items():
                 walk(f"{prefix}/{name}" if prefix else str(name), inside, step)
-        elif isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
             line = curves.setdefault(prefix, Line(prefix, [], []))
             line.x.append(step)  # type: ignore[attr-defined]
             line.y.append(value)  # type: ignore[attr-defined]

@@ -91,8 +91,8 @@ def main(cfg: Config) -> None:
 
         if cfg.run is not None:
             name = os.path.basename(os.path.abspath(cfg.run))
-            settings = read_settings(cfg.run)
-            page = training_page(name, read_log(cfg.run), settings, read_samples(settings), results)
+            log, settings = read_log(cfg.run), read_settings(cfg.run)
+            page = training_page(name, log, settings, read_samples(settings), results)
         else:
             page = results_page(results)
     with atomic_file(cfg.output_file) as file:
