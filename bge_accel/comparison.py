@@ -146,6 +146,32 @@ def _moved_row(data: EvaluationData, base: Evaluation, other: Evaluation, metric
     return row
 
 
+class Compared(NamedTuple):
+    """One system against the base."""
+
+    name: str
+    differences: dict[str, Difference]
+    moved: dict[str, list[dict[str, Any]]]
+    """From `most_moved`."""
+    verdict: str
+
+    def result(self) -> dict[str, Any]:
+        """What is written of it, as JSON can hold it."""
+        metrics = {name: {**found._asdict(), "difference": found.mean} for name, found in self.differences.items()}
+        return {"verdict": self.verdict, "metrics": metrics, **self.moved}
+
+
+def compare(data: EvaluationData, systems: Mapping[str, Evaluation], metric: str) -> list[Compared]:
+    """Each of the other systems, {name: evaluation}, against the first; `metric` says which queries gain and lose."""
+    (base_name, base), *others = systems.items()
+    compared = []
+    for name, other in others:
+        differences = paired_differences(base.per_query, other.per_query)
+        said = verdict(differences[metric], metric, base_name, name)
+        compared.append(Compared(name, differences, most_moved(data, base, other, metric), said))
+    return compared
+
+
 def differences_table(differences: Mapping[str, Difference], base: str, other: str, confidence: float = 0.95) -> str:
     """One row a metric: both means, the difference with its interval, the p-value, and the queries better and worse."""
     rows = [["", base, other, "difference", f"{100 * confidence:g} % interval", "p", "better", "worse", "equal"]]

@@ -5,20 +5,19 @@ encodes and searches its share, and each gets the same result.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bge_accel.evaluation_data import EvaluationData, Judgements
 from bge_accel.evaluation_data import read_evaluation_data as read_evaluation_data
 from bge_accel.metrics import per_query_metrics, retrieval_metrics, trec_order
+from bge_accel.processes import from_first, gather, rank_and_world, share_of
 from bge_accel.reading import shorten
 from bge_accel.search import build_index, check_index_factory, index_recall, search, search_over_processes
 from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store, writing
-
-T = TypeVar("T")
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
 
@@ -89,11 +88,11 @@ def evaluate_retrieval(
         ValueError: see `choose_cutoffs`, `build_index`, `search`; the store holds something else, or is not complete.
     """
     choose_cutoffs(k, cutoffs)
-    rank, world = _rank_and_world()
-    first, stop = _share(len(data.corpus.texts), rank, world)
+    rank, world = rank_and_world()
+    first, stop = share_of(len(data.corpus.texts), rank, world)
     common = {"batch_size": batch_size, "show_progress": show_progress and rank == 0}
     started = time.perf_counter()
-    own_queries = data.queries.texts[slice(*_share(len(data.queries.texts), rank, world))]
+    own_queries = data.queries.texts[slice(*share_of(len(data.queries.texts), rank, world))]
     q_emb = np.concatenate(gather(model.encode_queries(own_queries, max_length=max_query_length, **common)))
     queries_done = time.perf_counter()
     check_index_factory(index_factory, q_emb.shape[1])  # before the hours that a corpus can take
@@ -352,53 +351,13 @@ def sample_rankings(
 # ---- several processes
 
 
-def _rank_and_world() -> tuple[int, int]:
-    import torch.distributed as dist
-
-    is_shared = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if is_shared else (0, 1)
-
-
-def _share(total: int, rank: int, world: int) -> tuple[int, int]:
-    """First and end of the consecutive part of `total` things that one process takes."""
-    return total * rank // world, total * (rank + 1) // world
-
-
-def gather(value: T) -> list[T]:
-    """What every process has, in their order."""
-    world = _rank_and_world()[1]
-    if world == 1:
-        return [value]
-    import torch.distributed as dist
-
-    values: list[Any] = [None] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
-def _from_first(work: Callable[[], T]) -> T:
-    """What the first process finds; a ValueError there is raised by all."""
-    import torch.distributed as dist
-
-    said: list[Any] = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            said[0] = work()
-        except ValueError as error:
-            said[1] = str(error)
-    dist.broadcast_object_list(said, src=0)
-    if said[1] is not None:
-        raise ValueError(said[1])
-    return said[0]
-
-
 def _save_together(
     model: Any, folder: str, texts: Sequence[str], max_length: int | None, batch_size: int | None
 ) -> EmbeddingStore:
     """`EmbeddingModel.save_corpus` by all processes, each taking every so-manyeth of the missing shards."""
     from bge_accel.encoding import encode_to_store
 
-    rank, world = _rank_and_world()
+    rank, world = rank_and_world()
     alone = ExitStack()  # until the end no other run may write into the folder
 
     def begin() -> Any:
@@ -407,7 +366,7 @@ def _save_together(
         return prepare_store(folder, wanted)
 
     with alone:
-        manifest, missing = _from_first(begin)
+        manifest, missing = from_first(begin)
         encode_to_store(
             model,
             folder,

@@ -36,13 +36,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bge_accel.comparison import (
-    Difference,
     choose_metric,
+    compare,
     differences_table,
-    most_moved,
     moved_text,
-    paired_differences,
-    verdict,
 )
 from bge_accel.config import check_model_path, option, parse_config, user_errors
 from bge_accel.evaluation import (
@@ -50,7 +47,6 @@ from bge_accel.evaluation import (
     choose_cutoffs,
     evaluate_retrieval,
     evaluate_run,
-    gather,
     ranking_rows,
     sample_rankings,
     score_histogram,
@@ -58,6 +54,7 @@ from bge_accel.evaluation import (
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.evaluation_sources import is_hub_name, locate
 from bge_accel.mining import Processes, atomic_file, check_output, warn
+from bge_accel.processes import gather
 from bge_accel.reading import Faults, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
@@ -67,7 +64,7 @@ from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 DEFAULT_SAVE_PATH = "embeddings"
-SAMPLES, MOVED = 10, 10  # queries shown in full: of each system, and of those that gained and of those that lost
+SAMPLES = 10  # queries that are written with what each system ranks first
 
 
 @dataclass(kw_only=True)
@@ -363,7 +360,7 @@ def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
     common = {"counts": data.counts, "config": asdict(cfg), "versions": versions()}
     found = {system.name: system_result(data, system) for system in systems}
     metric = choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
-    compared = compare(data, systems, metric)
+    compared = compare(data, {system.name: system.evaluation for system in systems}, metric)
     if len(systems) == 1:
         result = {**found[systems[0].name], **common}
         result["counts"] = data.counts | {
@@ -422,32 +419,6 @@ def system_result(data: EvaluationData, system: System) -> dict[str, Any]:
     if evaluation.index_recall is not None:
         result["index_recall"] = evaluation.index_recall
     return result
-
-
-class Compared(NamedTuple):
-    """One of the other systems against the first."""
-
-    name: str
-    differences: dict[str, Difference]
-    moved: dict[str, list[dict[str, Any]]]
-    verdict: str
-
-    def result(self) -> dict[str, Any]:
-        """What is written of it."""
-        metrics = {name: {**found._asdict(), "difference": found.mean} for name, found in self.differences.items()}
-        return {"verdict": self.verdict, "metrics": metrics, **self.moved}
-
-
-def compare(data: EvaluationData, systems: list[System], metric: str) -> list[Compared]:
-    """Each of the other systems against the first; `metric` decides which queries gain and lose."""
-    base, *others = systems
-    compared = []
-    for other in others:
-        differences = paired_differences(base.evaluation.per_query, other.evaluation.per_query)
-        moved = most_moved(data, base.evaluation, other.evaluation, metric, MOVED)
-        said = verdict(differences[metric], metric, base.name, other.name)
-        compared.append(Compared(other.name, differences, moved, said))
-    return compared
 
 
 def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: bool) -> None:

@@ -80,9 +80,7 @@ def test_they_share_a_store(tmp_path, real_model, beir):
     assert_same(saved, alone)
     assert len(EmbeddingStore(str(tmp_path / "store-2"))) == 101
     for store, processes in (("store-1", 2), ("store-2", 1)):
-        loaded = evaluate(
-            tmp_path, real_model, "loaded", "--load_embedding", "--save_path", store, processes=processes
-        )
+        loaded = evaluate(tmp_path, real_model, "loaded", "--load_embedding", "--save_path", store, processes=processes)
         assert loaded[0]["counts"]["encoded_texts"] == 23
         loaded[0]["counts"] = alone[0]["counts"]
         assert_same(loaded, alone)

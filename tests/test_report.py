@@ -39,7 +39,7 @@ def test_long_lines_are_thinned_and_keep_their_mean():
 class Collector(HTMLParser):
     """Checks that tags are balanced, and collects the texts of elements."""
 
-    void = {"meta", "link", "br", "line", "circle", "polyline", "polygon"}
+    void = ("meta", "link", "br", "line", "circle", "polyline", "polygon")
 
     def __init__(self):
         super().__init__()

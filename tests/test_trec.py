@@ -40,7 +40,9 @@ def test_any_run_is_scored_as_trec_eval_does(tmp_path, seed):
     (tmp_path / "a.run").write_text("".join(rng.permutation(lines)))
     found = read(tmp_path / "a.run")
     assert found == run
-    evaluation = evaluate_run(found, judged_ids(write_qrels(tmp_path / "qrels", qrels), [found]), cutoffs=[1, 5, 10, 100])
+    evaluation = evaluate_run(
+        found, judged_ids(write_qrels(tmp_path / "qrels", qrels), [found]), cutoffs=[1, 5, 10, 100]
+    )
     names = {"ndcg_cut": "nDCG", "map_cut": "MAP", "recall": "Recall", "P": "P"}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {f"{name}.1,5,10,100" for name in names} | {"recip_rank"})
     scores = theirs.evaluate(run)
@@ -59,9 +61,7 @@ def test_what_is_written_is_measured_alike(tmp_path, letter):
     (tmp_path / "c.jsonl").write_text("".join(f'{{"id": "{letter}{i}", "text": "text {i}"}}\n' for i in range(50)))
     (tmp_path / "q.jsonl").write_text("".join(f'{{"id": "q{i}", "text": "query {i}"}}\n' for i in range(9)))
     (tmp_path / "qrels.tsv").write_text("".join(f"q{i}\t{letter}{i * j}\t1\n" for i in range(9) for j in (1, 5)))
-    data = read_evaluation_data(
-        [str(tmp_path / "c.jsonl")], [str(tmp_path / "q.jsonl")], str(tmp_path / "qrels.tsv")
-    )
+    data = read_evaluation_data([str(tmp_path / "c.jsonl")], [str(tmp_path / "q.jsonl")], str(tmp_path / "qrels.tsv"))
     corpus_emb = rng.integers(-2, 3, (50, 4)).astype(np.float32) / 3  # with ties
     evaluation = evaluate_embeddings(rng.integers(-2, 3, (9, 4)).astype(np.float32), corpus_emb, data, k=20)
     content = "".join(run_lines(data, evaluation, "a name"))
@@ -80,7 +80,7 @@ def test_what_is_written_is_measured_alike(tmp_path, letter):
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        ("q Q0 d 1 0.5\n", ":1: \"q Q0 d 1 0.5\": expected six fields"),
+        ("q Q0 d 1 0.5\n", ':1: "q Q0 d 1 0.5": expected six fields'),
         ("q Q0 d 1 0.5 a\nq Q0 e 2 high a\n", ':2: the score is "high": it has to be a number'),
         ("q Q0 d 1 nan a\n", ':1: the score is "nan": it has to be a number'),
         ("q Q0 d 1 0.5 a\nq Q0 d 2 0.4 a\n", ':2: passage "d" stands in the ranking of query "q" before'),
@@ -99,7 +99,7 @@ def test_a_run_of_another_corpus_or_other_queries(tmp_path):
     (tmp_path / "q.jsonl").write_text('{"query": "q", "positive": ["one"]}\n')
     data = read_evaluation_data([str(tmp_path / "c.jsonl")], [str(tmp_path / "q.jsonl")])
     assert evaluate_run({"0": {"b": 2.0, "a": 1.0}}, data, k=5).metrics["MRR@5"] == 0.5
-    with pytest.raises(ValueError, match='x.run: passage "z" of query "0" is not in the corpus, which has.* "a"'):
+    with pytest.raises(ValueError, match=r'x.run: passage "z" of query "0" is not in the corpus, which has.* "a"'):
         evaluate_run({"0": {"z": 1.0}}, data, k=5, name="x.run")
-    with pytest.raises(ValueError, match='x.run ranks none of the judged queries: it has, for example, "q1", .* "0"'):
+    with pytest.raises(ValueError, match=r'x.run ranks none of the judged queries: it has, for example, "q1", .* "0"'):
         evaluate_run({"q1": {"a": 1.0}}, data, k=5, name="x.run")
