@@ -1,8 +1,4 @@
-"""How well a model, or the run of any system, retrieves passages for judged queries.
-
-In several processes (an initialised `torch.distributed`) every one calls `evaluate_retrieval` with the same data; each
-encodes and searches its share, and each gets the same result.
-"""
+"""How well a model, or the run of any system, retrieves passages for judged queries."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +9,7 @@ import numpy as np
 
 from bge_accel.evaluation_data import EvaluationData, Judgements
 from bge_accel.evaluation_data import read_evaluation_data as read_evaluation_data
-from bge_accel.metrics import per_query_metrics, retrieval_metrics, trec_order
+from bge_accel.metrics import per_query_metrics, trec_order
 from bge_accel.processes import from_first, gather, rank_and_world, share_of
 from bge_accel.reading import shorten
 from bge_accel.search import build_index, check_index_factory, index_recall, search, search_over_processes
@@ -71,6 +67,7 @@ def evaluate_retrieval(
     save_path: str | None = None,
     load_embedding: bool = False,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> Evaluation:
     """Encodes queries and corpus with `model`, searches, and measures.
 
@@ -83,17 +80,22 @@ def evaluate_retrieval(
         max_query_length, max_passage_length: in tokens; by default the model's own.
         save_path: folder of an embedding store that the corpus is encoded into (needs an `EmbeddingModel`).
         load_embedding: take the corpus from the store at `save_path`, and encode nothing of it.
+        shared: every process of an initialised `torch.distributed` calls this with the same data; each encodes and
+            searches its share, and each gets the whole result. How many texts a process encodes differs, so this is not
+            for models that are themselves spread over processes.
 
     Raises:
         ValueError: see `choose_cutoffs`, `build_index`, `search`; the store holds something else, or is not complete.
     """
     choose_cutoffs(k, cutoffs)
-    rank, world = rank_and_world()
+    rank, world = rank_and_world() if shared else (0, 1)
     first, stop = share_of(len(data.corpus.texts), rank, world)
     common = {"batch_size": batch_size, "show_progress": show_progress and rank == 0}
     started = time.perf_counter()
     own_queries = data.queries.texts[slice(*share_of(len(data.queries.texts), rank, world))]
-    q_emb = np.concatenate(gather(model.encode_queries(own_queries, max_length=max_query_length, **common)))
+    q_emb = model.encode_queries(own_queries, max_length=max_query_length, **common)
+    if world > 1:
+        q_emb = np.concatenate(gather(q_emb))
     queries_done = time.perf_counter()
     check_index_factory(index_factory, q_emb.shape[1])  # before the hours that a corpus can take
     if save_path is None:
@@ -107,7 +109,8 @@ def evaluate_retrieval(
             corpus_emb = _save_together(model, save_path, data.corpus.texts, max_passage_length, batch_size)
         if world > 1:
             corpus_emb = StorePart(corpus_emb, first, stop)
-    gather(None)  # a process that is done first does not count its waiting as search
+    if world > 1:
+        gather(None)  # a process that is done first does not count its waiting as search
     corpus_done = time.perf_counter()
     evaluation = evaluate_embeddings(
         q_emb,
@@ -241,15 +244,9 @@ def _measure(
     judged = _positive_grades(data.judgements, len(indices))
     if positive_scores is None:
         positive_scores = scores[gains > 0]
-    return Evaluation(
-        retrieval_metrics(gains, judged, cutoffs),
-        scores,
-        indices,
-        gains,
-        per_query_metrics(gains, judged, cutoffs),
-        positive_scores,
-        {},
-    )
+    per_query = per_query_metrics(gains, judged, cutoffs)
+    metrics = {name: float(values.mean()) for name, values in per_query.items()}
+    return Evaluation(metrics, scores, indices, gains, per_query, positive_scores, seconds={})
 
 
 def _positive_scores(q_emb: np.ndarray, corpus_emb: Any, judgements: Judgements, first: int) -> np.ndarray:

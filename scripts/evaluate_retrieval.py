@@ -172,6 +172,11 @@ def check(cfg: Config) -> None:
     if cfg.show < 0:
         raise ValueError(f"--show is {cfg.show}: it has to be at least 0")
     choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
+    if cfg.compare_metric is not None and len(encoders) + len(runs) < 2:
+        raise ValueError(f"--compare_metric {cfg.compare_metric} has no effect on one system alone; drop it")
+    world = os.environ.get("WORLD_SIZE")
+    if cfg.num_processes is not None and world is not None and int(world) != cfg.num_processes:
+        raise ValueError(f"--num_processes {cfg.num_processes} has no effect: {world} processes have been started")
     if cfg.add_instruction and cfg.query_instruction_for_retrieval is not None:
         raise ValueError("--add_instruction and --query_instruction_for_retrieval both say what to put before a query")
     if cfg.fp16 and cfg.bf16:
@@ -250,15 +255,16 @@ def main(cfg: Config) -> None:
     )
 
     # ---- measure
-    systems = []
+    paths, encoders = cfg.compare or [], cfg.encoder or []
+    names, systems = system_names([*paths, *encoders]), []
     with user_errors():
-        for path, name in zip(runs, short_names(list(runs)), strict=True):
+        for path, name in zip(paths, names, strict=False):
             evaluation = evaluate_run(runs[path], data, k=cfg.k, cutoffs=cfg.cutoffs, name=path)
             absent = sum(query not in runs[path] for query in data.queries.ids)
             if absent and processes.rank == 0:
                 warn(f"{path} has no ranking for {absent:,} of {len(data.queries.ids):,} judged queries: they score 0")
             systems.append(System(name, evaluation, {"run": path, "queries_without_ranking": absent}))
-        for number, name in enumerate(short_names(cfg.encoder or [])):
+        for number, name in enumerate(names[len(paths) :]):
             evaluation, about = evaluate_encoder(cfg, number, data, processes)
             systems.append(System(name, evaluation, about))
 
@@ -275,14 +281,18 @@ def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
     runs = {path: read_run(path, faults) for path in cfg.compare or []}
     faults.raise_if_any()
     if cfg.qrels is not None and not cfg.encoder and cfg.corpus_data is None and cfg.query_data is None:
+        if cfg.split is not None:
+            raise ValueError(f"--split {cfg.split} has no effect with --qrels {cfg.qrels}; drop one of them")
         return runs, judged_ids(cfg.qrels, runs.values())
     return runs, read_evaluation_data(*locate(cfg.corpus_data, cfg.query_data, cfg.qrels, cfg.split))
 
 
-def short_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or the whole where that would make two alike."""
+def system_names(paths: list[str]) -> list[str]:
+    """The last part of each path, or the whole where that would make two alike; what is named twice is numbered."""
     short = [name if is_hub_name(name) else os.path.basename(os.path.abspath(name)) for name in paths]
-    return [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    earlier = [names[:number].count(name) for number, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def evaluate_encoder(
@@ -324,6 +334,7 @@ def evaluate_encoder(
         save_path=stores[number] if stores else None,
         load_embedding=cfg.load_embedding,
         show_progress=processes.shows_bars,
+        shared=processes.world > 1,
         **lengths,
     )
     encoded = np.sum(gather([model.counts.num_texts, model.counts.num_truncated]), axis=0).tolist()

@@ -104,6 +104,15 @@ def test_two_runs(runs):
     assert json.loads((runs / "2.json").read_text())["comparisons"] == result["comparisons"]
 
 
+def test_a_run_against_itself(runs):
+    said = evaluate(runs, "--compare", "a.run", "a.run", "--qrels", "qrels.tsv", "--k", 10)
+    (found,) = json.loads((runs / "metrics.json").read_text())["comparisons"].values()
+    assert not found["gained"] and not found["lost"]
+    for metric in found["metrics"].values():
+        assert (metric["low"], metric["high"], metric["p_value"], metric["equal"]) == (0, 0, 1, 12)
+    assert "nDCG@10: a.run (2) and a.run score the same on every query: no difference" in said
+
+
 def test_one_run_and_queries_that_it_does_not_rank(runs):
     lines = (runs / "a.run").read_text().splitlines(keepends=True)
     (runs / "a.run").write_text("".join(line for line in lines if not line.startswith("q4 ")))
@@ -150,6 +159,8 @@ def test_mistakes(runs):
         (["--compare", "a.run", "b.run"], "give --qrels, or --corpus_data and --query_data"),
         (["--compare", "none.run", "--qrels", "qrels.tsv"], "none.run: cannot be read"),
         (["--compare", "a.run", "b.run", "--qrels", "qrels.tsv", "--save_ranking", "r"], "--save_ranking is of one"),
+        (["--compare", "a.run", "--qrels", "qrels.tsv", "--split", "dev"], "--split dev has no effect"),
+        (["--compare", "a.run", "--qrels", "qrels.tsv", "--compare_metric", "mrr@10"], "no effect on one system"),
         (["--compare", "a.run", "--qrels", "qrels.tsv", "--save_run", "r"], "name one for each of 0 encoders"),
     ]:
         said = evaluate(runs, *args, status=2)
