@@ -55,6 +55,7 @@ def move_into(source: str, target: str) -> None:
 
     Weights that stood there go first and the new ones come last, so that a folder that loads is whole.
     """
+    os.makedirs(target, exist_ok=True)
     for name in os.listdir(target):
         if name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model"):
             os.remove(os.path.join(target, name))

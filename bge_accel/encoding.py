@@ -13,6 +13,7 @@ import torch
 
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
+from bge_accel.precision import default_device, resolve_dtype
 from bge_accel.store import (
     EmbeddingStore,
     Manifest,
@@ -27,50 +28,6 @@ T = TypeVar("T")
 
 # Sorting reaches over this many texts at a time; more would gain nothing and hold more token ids in memory.
 WINDOW = 4096
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU computes in bfloat16 itself; emulated, it is far slower than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) -> tuple[torch.dtype, str | None]:
-    """The precision to compute in, and a warning where it is not the one asked for.
-
-    A CPU has no fast float16: it takes bfloat16 instead where it has that, else float32.
-    """
-    on_gpu = (device or default_device()).type != "cpu"
-    if fp16 and bf16:
-        raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
-    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
-        return torch.float32, "this GPU has no bfloat16 arithmetic: computing in float32 instead; --fp16 is faster"
-    if on_gpu or not (fp16 or bf16):
-        return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None
-    if cpu_has_bf16():
-        return torch.bfloat16, "fp16 needs a GPU: computing in bfloat16 instead" if fp16 else None
-    asked = "fp16 needs a GPU and" if fp16 else "this CPU has no bfloat16 arithmetic:"
-    return torch.float32, f"{asked} {'this CPU has no bfloat16 either: ' if fp16 else ''}computing in float32 instead"
-
-
-def default_device() -> torch.device:
-    """The GPU if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def choose_precision(asked: str | None, device: torch.device) -> tuple[str | None, str | None]:
-    """Accelerate's name of a mixed precision (None: its own default) as far as the device can.
-
-    Args:
-        asked: "auto" for bfloat16 where the hardware has it, "fp16", "bf16", or any other of Accelerate's names.
-
-    Returns:
-        The name, and a warning where it is not what was asked for.
-    """
-    if asked not in ("auto", "fp16", "bf16"):
-        return asked, None
-    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
-    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
-    return name, None if asked == "auto" else warning
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:

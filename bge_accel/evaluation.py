@@ -9,8 +9,8 @@ import numpy as np
 
 from bge_accel.evaluation_data import EvaluationData, Judgements
 from bge_accel.evaluation_data import read_evaluation_data as read_evaluation_data
+from bge_accel.jobs import from_first, gather, rank_and_world, share_of
 from bge_accel.metrics import per_query_metrics, trec_order
-from bge_accel.processes import from_first, gather, rank_and_world, share_of
 from bge_accel.reading import shorten
 from bge_accel.search import build_index, check_index_factory, index_recall, search, search_over_processes
 from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store, writing

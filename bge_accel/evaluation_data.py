@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.evaluation_sources import QRELS_EXTENSIONS, hub_rows, is_hub_name, rows_at
+from bge_accel.evaluation_sources import QRELS_EXTENSIONS, hub_rows, is_hub_name, locate, rows_at
 from bge_accel.reading import Faults, open_binary, shorten
 
 
@@ -49,9 +49,12 @@ class EvaluationData(NamedTuple):
 
 
 def read_evaluation_data(
-    corpus_data: Sequence[str], query_data: Sequence[str], qrels: str | None = None
+    corpus_data: Sequence[str] | None = None,
+    query_data: Sequence[str] | None = None,
+    qrels: str | None = None,
+    split: str | None = None,
 ) -> EvaluationData:
-    """Reads and checks everything that an evaluation needs.
+    """Reads and checks everything that an evaluation needs; see `evaluation_sources.locate` for where it is.
 
     With `qrels`, ids connect queries and passages, and "positive" is ignored. Without, every corpus row whose text
     equals one of a query's "positive" is relevant, duplicates included. A positive that the corpus does not hold stays
@@ -59,8 +62,9 @@ def read_evaluation_data(
 
     Raises:
         ValueError: anything is wrong with any row of any file, the first ten faults with file and line; or no judgement
-            connects a query with a passage of the corpus.
+            connects a query with a passage of the corpus; see `locate`, too.
     """
+    corpus_data, query_data, qrels = locate(corpus_data, query_data, qrels, split)
     faults = Faults()
     corpus = read_corpus(corpus_data, faults)
     queries = read_queries(query_data, faults, need_positives=qrels is None)

@@ -28,13 +28,13 @@ def locate(
 
     A folder with `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv` (each also compressed) is one of BEIR, and so is
     a hub data set with the configurations "corpus" and "queries"; named as the corpus, either brings queries and
-    judgements with it. What is named nowhere is MS MARCO's.
+    judgements with it. Where no corpus is named it is MS MARCO's, and its queries are the default with it.
 
     Args:
         split: of judgements, by default "test", or of queries on the hub, by default "dev".
 
     Raises:
-        ValueError: a BEIR folder without the split; `split` with nothing that has splits.
+        ValueError: a BEIR folder without the split; another corpus without queries; `split` where nothing has splits.
     """
     beir = corpus_data[0] if corpus_data is not None and len(corpus_data) == 1 and query_data is None else None
     if beir is not None and is_beir_folder(beir):
@@ -45,6 +45,11 @@ def locate(
     if beir is not None and is_hub_name(beir) and ":" not in beir and (on_hub := _beir_on_hub(beir, split, qrels)):
         return on_hub
     queries = [f"{MSMARCO_QUERIES}::{split or MSMARCO_SPLIT}"]
+    if query_data is None and corpus_data is not None and list(corpus_data) != [MSMARCO_CORPUS]:
+        raise ValueError(
+            f"{' '.join(corpus_data)} is searched, but there are no queries: name them with --query_data, or a folder in "
+            "BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) with --corpus_data alone"
+        )
     if query_data is not None:
         bare = [name for name in query_data if is_hub_name(name) and ":" not in name]
         if split is not None and not bare:

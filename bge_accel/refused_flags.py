@@ -6,7 +6,9 @@ lines written for those tools run.
 
 from bge_accel.config import Refusal
 
-_EVALUATE = Refusal("evaluate the saved folder with scripts/evaluate_retrieval.py", ("no", "False", "0"))
+_EVALUATE = Refusal(
+    "retrieval is measured on --eval_data every --eval_steps; drop the flag", ("no", "steps", "False", "0")
+)
 _HUB = Refusal("upload the output folder with `hf upload` when the run is done", ("False", "every_save"))
 _LAUNCH = "say so to `accelerate launch` (or in its YAML): it decides how to run"
 _PREPARE = Refusal("batches are prepared in a background thread; drop the flag", ("0", "False", "True"))
@@ -76,12 +78,13 @@ REFUSED: dict[str, Refusal] = {
     **{
         name: _EVALUATE
         for name in (
-            "do_eval do_predict eval_strategy evaluation_strategy eval_steps eval_delay per_device_eval_batch_size "
-            "per_gpu_eval_batch_size prediction_loss_only eval_on_start eval_do_concat_batches eval_use_gather_object "
+            "do_eval do_predict eval_strategy evaluation_strategy eval_delay per_device_eval_batch_size "
+            "per_gpu_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object "
             "eval_accumulation_steps include_for_metrics include_inputs_for_metrics batch_eval_metrics "
-            "bf16_full_eval fp16_full_eval load_best_model_at_end metric_for_best_model greater_is_better"
+            "bf16_full_eval fp16_full_eval"
         ).split()
     },
+    "greater_is_better": Refusal("all metrics here are better the larger they are; drop the flag", ("True",)),
     "do_train": Refusal("this script trains; drop the flag", ("True",)),
     "ignore_data_skip": Refusal("going on costs no time here, nothing is skipped; drop the flag", ("False",)),
     "restore_callback_states_from_checkpoint": Refusal("there are no callbacks; drop the flag", ("False",)),

@@ -1,12 +1,14 @@
-"""The main job on real input: measure an encoder, fine-tune it, measure it again.
+"""The main job on real input: measure an encoder, mine hard negatives, fine-tune it, merge it with its base, measure again.
 
 The data is the Python standard library of this machine (docstring sentence -> source code); nothing is downloaded.
 
     python scripts/demo.py
     python scripts/demo.py --model_name_or_path BAAI/bge-small-en-v1.5
-    python scripts/demo.py --seeds 1 2 3 --output_dir outputs/demo-compare
+    python scripts/demo.py --compare --seeds 1 2 3 --output_dir outputs/demo-compare
 
-Each step is one of the project's scripts; its command line is printed, to be copied and changed.
+--compare also tunes without mined negatives, and measures everything on a second, general task that no tuning has seen
+(section titles and texts of the installed packages' descriptions). Each step is one of the project's scripts; its
+command line is printed, to be copied and changed.
 """
 
 import json
@@ -18,9 +20,10 @@ import time
 from dataclasses import dataclass
 
 from bge_accel.config import check_model_path, option, parse_config, user_errors
-from bge_accel.report import comparison_table, moved_into_top
+from bge_accel.report import moved_into_top, side_by_side_table
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
+DATA = os.path.join(SCRIPTS, os.pardir, "data")
 SHOWN_METRICS = ("MRR@10", "nDCG@10", "Recall@10", "Recall@100")
 
 
@@ -30,17 +33,19 @@ class Config:
 
     model_name_or_path: str | None = option(None, "encoder to start from; default: the packaged all-MiniLM-L6-v2")
     output_dir: str = option("outputs/demo", "folder for everything the demonstration writes")
+    compare: bool = option(False, "also tune without mined negatives, and measure on a second, general task")
     seeds: list[int] = option([42], "one training for each")
     max_steps: int = option(50, "optimiser steps of each training")
     batch_size: int = option(64, "queries in each step")
     max_length: int = option(64, "tokens that a passage is cut to")
     learning_rate: float = option(1e-4, "high, as the training is short")
     temperature: float = option(0.04, "similarities are divided by it")
+    merge_weight: float = option(0.5, "of the tuned model in the merged one; the base has the rest")
 
 
-def run(*command: object) -> None:
+def run(script: str, *arguments: object) -> None:
     """Prints a command and runs it; ends the program where it fails."""
-    parts = [str(part) for part in command]
+    parts = [script, *(str(argument) for argument in arguments)]
     shown = " ".join(shlex.quote(os.path.relpath(part) if os.path.isabs(part) else part) for part in parts)
     print(f"\n$ python {shown}", flush=True)
     status = subprocess.run([sys.executable, *parts]).returncode
@@ -61,43 +66,86 @@ def main(cfg: Config) -> None:
     with user_errors():
         model = cfg.model_name_or_path or packaged_model()
         check_model_path("--model_name_or_path", model)
-    data = os.path.join(cfg.output_dir, "data")
+        if not 0 <= cfg.merge_weight <= 1:
+            raise ValueError(f"--merge_weight is {cfg.merge_weight}: it has to be between 0 and 1")
+    mine, finetune, mix, evaluate = (
+        os.path.join(SCRIPTS, f"{name}.py")
+        for name in ("mine_hard_negatives", "finetune", "mix_models", "evaluate_retrieval")
+    )
 
-    def evaluate(encoder: str, name: str) -> tuple[dict, list]:
-        metrics, ranking = (os.path.join(cfg.output_dir, f"{name}.{kind}") for kind in ("json", "ranking.jsonl"))
-        run(
-            os.path.join(SCRIPTS, "evaluate_retrieval.py"),
-            *("--encoder", encoder),
-            *("--corpus_data", os.path.join(data, "corpus.jsonl")),
-            *("--query_data", os.path.join(data, "queries.jsonl"), "--qrels", os.path.join(data, "qrels.tsv")),
-            *("--cutoffs", 1, 10, 100, "--max_passage_length", cfg.max_length),
-            *("--output_file", metrics, "--save_ranking", ranking),
-        )
-        with open(metrics) as file, open(ranking) as rows:
-            return json.load(file)["metrics"], [json.loads(row) for row in rows]
+    def out(*parts: str) -> str:
+        return os.path.join(cfg.output_dir, *parts)
 
-    run(os.path.join(SCRIPTS, os.pardir, "data", "build_code_search.py"), "--output_dir", data)
-    base, base_ranking = evaluate(model, "base")
-    tuned = {}
-    for seed in cfg.seeds:
-        folder = os.path.join(cfg.output_dir, f"tuned-{seed}")
+    # ---- data
+    run(os.path.join(DATA, "build_code_search.py"), "--output_dir", out("data"))
+    tasks = {"code search": out("data")}
+    if cfg.compare:
+        run(os.path.join(DATA, "build_package_docs.py"), "--output_dir", out("general"))
+        tasks["general"] = out("general")
+    train, mined = out("data", "train.jsonl"), out("mined.jsonl")
+    metrics: dict[str, dict[str, dict[str, float]]] = {task: {} for task in tasks}
+    rankings: dict[str, list[dict]] = {}
+
+    def measure(encoder: str, name: str) -> None:
+        """Evaluates a model on every task; keeps metrics and, of the first task, rankings."""
+        for task, folder in tasks.items():
+            stem = out(f"{name}-{task.replace(' ', '-')}")
+            run(
+                evaluate,
+                *("--encoder", encoder, "--corpus_data", os.path.join(folder, "corpus.jsonl")),
+                *("--query_data", os.path.join(folder, "queries.jsonl"), "--qrels", os.path.join(folder, "qrels.tsv")),
+                *("--cutoffs", 1, 10, 100, "--max_passage_length", cfg.max_length),
+                *("--output_file", f"{stem}.json", "--save_ranking", f"{stem}.ranking.jsonl"),
+            )
+            with open(f"{stem}.json") as file:
+                found = json.load(file)["metrics"]
+            metrics[task][name] = {key: found[key] for key in SHOWN_METRICS}
+            if folder == out("data"):
+                with open(f"{stem}.ranking.jsonl") as lines:
+                    rankings[name] = [json.loads(line) for line in lines]
+
+    def tune(name: str, data: str, group_size: int, seed: int) -> str:
+        folder = out(name)
         run(
-            os.path.join(SCRIPTS, "finetune.py"),
+            finetune,
             *("--model_name_or_path", model, "--output_dir", folder, "--seed", seed),
-            *("--train_data", os.path.join(data, "train.jsonl"), "--train_group_size", 1),
+            *("--train_data", data, "--train_group_size", group_size),
             *("--max_steps", cfg.max_steps, "--per_device_train_batch_size", cfg.batch_size),
             *("--learning_rate", cfg.learning_rate, "--temperature", cfg.temperature),
-            *("--passage_max_len", cfg.max_length),
-            *("--save_strategy", "no", "--overwrite_output_dir"),
+            *("--passage_max_len", cfg.max_length, "--save_strategy", "no", "--overwrite_output_dir"),
         )
-        tuned[seed] = evaluate(folder, f"tuned-{seed}")
+        return folder
 
-    shown = {name: base[name] for name in SHOWN_METRICS}
-    for seed, (metrics, ranking) in tuned.items():
-        print(f"\n== {model if cfg.model_name_or_path else 'all-MiniLM-L6-v2'}, held-out modules, seed {seed}")
-        print(comparison_table(shown, {name: metrics[name] for name in SHOWN_METRICS}))
-        if len(tuned) == 1:
-            print("\n" + moved_into_top(base_ranking, ranking, limit=3))
+    # ---- base; negatives that are hard for it
+    measure(model, "base")
+    run(
+        mine,
+        *("--model_name_or_path", model, "--input_file", train, "--output_file", mined),
+        *("--range_for_sampling", "0-20", "--negative_number", 3, "--relative_margin", 0.05),
+        *("--max_length", cfg.max_length),
+    )
+
+    # ---- tuned and merged
+    for seed in cfg.seeds:
+        mark = f"-{seed}" if len(cfg.seeds) > 1 else ""
+        if cfg.compare:
+            measure(tune(f"in-batch{mark}", train, 1, seed), f"in-batch{mark}")
+        tuned = tune(f"tuned{mark}", mined, 2, seed)
+        measure(tuned, f"tuned{mark}")
+        run(
+            mix,
+            *("--model_names_or_paths", model, tuned, "--weights", 1 - cfg.merge_weight, cfg.merge_weight),
+            *("--model_type", "encoder", "--output_path", out(f"merged{mark}"), "--overwrite_output_dir"),
+        )
+        measure(out(f"merged{mark}"), f"merged{mark}")
+
+    # ---- report
+    for task, found in metrics.items():
+        held_out = ", modules held out from training" if task == "code search" else ", unrelated to the training"
+        print(f"\n== {task}{held_out}; {model if cfg.model_name_or_path else 'all-MiniLM-L6-v2'}")
+        print(side_by_side_table(found))
+    if len(cfg.seeds) == 1:
+        print("\n" + moved_into_top(rankings["base"], rankings["tuned"], limit=3))
     print(f"\n{time.perf_counter() - start:,.0f} s in all; everything is in {cfg.output_dir}")
 
 

@@ -26,6 +26,7 @@ from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
+from bge_accel.jobs import SharedCounters, warn
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing
 
@@ -65,7 +66,7 @@ class Config:
         None, "tokens that a text is cut to, special tokens included; default: the model's own", group="encoding"
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that has it, else fp32", group="encoding"
+        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32", group="encoding"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)",
@@ -119,25 +120,6 @@ class ForwardReader:
         return found
 
 
-class SharedCounters:
-    """Numbers that all processes add to; in one process plain ones."""
-
-    def __init__(self, is_shared: bool) -> None:
-        self.values: dict[str, int] = {}
-        self.store: Any = None
-        if is_shared:
-            from torch.distributed import distributed_c10d
-
-            self.store = distributed_c10d._get_default_store()
-
-    def add(self, name: str, amount: int) -> int:
-        """Adds to a number, which begins at 0, and returns the sum."""
-        if self.store is not None:
-            return self.store.add(f"encode_corpus/{name}", amount)
-        self.values[name] = self.values.get(name, 0) + amount
-        return self.values[name]
-
-
 def main(cfg: Config) -> None:
     with user_errors():
         check(cfg)
@@ -149,7 +131,8 @@ def main(cfg: Config) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    from bge_accel.encoding import EmbeddingModel, EncodingCounts, cpu_has_bf16, encode_to_store
+    from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store
+    from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()
@@ -173,7 +156,7 @@ def main(cfg: Config) -> None:
 
     # ---- model
     with user_errors():
-        auto = "fp16" if not on_cpu else "bf16" if cpu_has_bf16() else "fp32"
+        auto = "fp16" if not on_cpu else "bf16" if cpu_is_faster_in_bf16() else "fp32"
         precision = auto if cfg.precision == "auto" else cfg.precision
         if precision == "fp16" and on_cpu:
             raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
@@ -217,12 +200,7 @@ def main(cfg: Config) -> None:
         print(f"{count - num_missing:,} texts are in {cfg.output_dir} already", flush=True)
 
     # ---- encode
-    counters, counts = SharedCounters(state.num_processes > 1), EncodingCounts()
-
-    def free_shards() -> Iterator[int]:
-        """The next shard that no process has taken yet, until there is none."""
-        while (turn := counters.add("taken", 1)) <= len(missing):
-            yield missing[turn - 1]
+    counters, counts = SharedCounters("encode_corpus", state.num_processes > 1), EncodingCounts()
 
     started = time.perf_counter()
     is_quiet = cfg.disable_tqdm or not state.is_main_process or not sys.stderr.isatty()
@@ -237,7 +215,7 @@ def main(cfg: Config) -> None:
                 model,
                 cfg.output_dir,
                 manifest,
-                free_shards(),
+                counters.share(missing),
                 ForwardReader(read_texts(cfg, Faults())),
                 max_tokens=cfg.max_tokens_per_micro_batch,
                 max_texts=cfg.batch_size,
@@ -268,10 +246,6 @@ def main(cfg: Config) -> None:
     if state.num_processes > 1:
         torch.distributed.destroy_process_group()
     alone.close()
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

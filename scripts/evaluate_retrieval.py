@@ -52,9 +52,8 @@ from bge_accel.evaluation import (
     score_histogram,
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
-from bge_accel.evaluation_sources import is_hub_name, locate
-from bge_accel.mining import Processes, atomic_file, check_output, warn
-from bge_accel.processes import gather
+from bge_accel.evaluation_sources import is_hub_name
+from bge_accel.jobs import Processes, atomic_file, check_output, gather, warn
 from bge_accel.reading import Faults, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
@@ -244,9 +243,8 @@ def main(cfg: Config) -> None:
         processes = Processes()
         runs, data = read_inputs(cfg)
     counts = data.counts
-    if processes.rank == 0:
-        for warning in data.warnings:
-            warn(warning)
+    for warning in data.warnings:
+        warn(warning)
     of_queries = f" of {counts['queries']:,}" if "queries" in counts else ""
     passages = f"{counts['corpus']:,} passages, " if "corpus" in counts else ""
     missing = f" ({counts['missing_positives']:,} not in the corpus)" if "missing_positives" in counts else ""
@@ -261,7 +259,7 @@ def main(cfg: Config) -> None:
         for path, name in zip(paths, names, strict=False):
             evaluation = evaluate_run(runs[path], data, k=cfg.k, cutoffs=cfg.cutoffs, name=path)
             absent = sum(query not in runs[path] for query in data.queries.ids)
-            if absent and processes.rank == 0:
+            if absent:
                 warn(f"{path} has no ranking for {absent:,} of {len(data.queries.ids):,} judged queries: they score 0")
             systems.append(System(name, evaluation, {"run": path, "queries_without_ranking": absent}))
         for number, name in enumerate(names[len(paths) :]):
@@ -284,7 +282,7 @@ def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
         if cfg.split is not None:
             raise ValueError(f"--split {cfg.split} has no effect with --qrels {cfg.qrels}; drop one of them")
         return runs, judged_ids(cfg.qrels, runs.values())
-    return runs, read_evaluation_data(*locate(cfg.corpus_data, cfg.query_data, cfg.qrels, cfg.split))
+    return runs, read_evaluation_data(cfg.corpus_data, cfg.query_data, cfg.qrels, cfg.split)
 
 
 def system_names(paths: list[str]) -> list[str]:
@@ -301,12 +299,12 @@ def evaluate_encoder(
     """Loads one of the encoders and measures it; the metrics, and how they were made."""
     import torch
 
-    from bge_accel.encoding import EmbeddingModel, resolve_dtype
+    from bge_accel.encoding import EmbeddingModel
+    from bge_accel.precision import resolve_dtype
 
     assert cfg.encoder is not None
     dtype, precision_warning = resolve_dtype(cfg.fp16, cfg.bf16)
-    speaks = processes.rank == 0
-    if precision_warning and number == 0 and speaks:
+    if precision_warning and number == 0:
         warn(precision_warning)
     model = EmbeddingModel(
         cfg.encoder[number],
@@ -320,7 +318,7 @@ def evaluate_encoder(
     )
     lengths = {name: min(getattr(cfg, name), model.max_length) for name in ("max_query_length", "max_passage_length")}
     for name, length in lengths.items():
-        if length < getattr(cfg, name) and speaks:
+        if length < getattr(cfg, name):
             warn(f"--{name} is {getattr(cfg, name)}, but the model takes {length} tokens: texts are cut there")
     stores = save_paths(cfg)
     evaluation = evaluate_retrieval(

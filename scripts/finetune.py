@@ -9,7 +9,9 @@ On several GPUs, negatives shared among them:
     accelerate launch --multi_gpu --num_processes 8 scripts/finetune.py --model_name_or_path BAAI/bge-base-en-v1.5 \\
         --train_data train.jsonl --output_dir tuned --bf16 --per_device_train_batch_size 128 --negatives_cross_device
 
-A run that was stopped goes on where it was with the same command and --resume_from_checkpoint latest.
+A run that was stopped goes on where it was with the same command and --resume_from_checkpoint latest. Measured every 200
+steps on rows held out, and ended with the weights that were best: --eval_data dev.jsonl --eval_steps 200
+--load_best_model_at_end.
 
 Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
 """
@@ -40,12 +42,15 @@ from bge_accel.report import model_card
 from bge_accel.rows import TrainingRows
 from bge_accel.sharding import read_deepspeed_config
 from bge_accel.sources import YAML, Source, SourceSchedule, find_sources, merge_small, source_shares
+from bge_accel.validation import Best, read_eval_sets
 
 if TYPE_CHECKING:
     from bge_accel.batching import TokenBatch
     from bge_accel.streaming import RowStream
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
+
+BEST = "best"  # folder of the best weights so far, inside --output_dir
 
 
 @dataclass(kw_only=True)
@@ -155,11 +160,33 @@ class Config:
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 for never", group="optimisation")
     seed: int = option(42, "of data order, drawn passages and dropout", group="optimisation")
 
-    fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="precision and memory")
+    eval_data: list[str] | None = option(
+        None,
+        "one or several sets to measure retrieval on during training: a folder in BEIR's layout, or a file of rows whose "
+        "queries have to find their positives among all its passages",
+        group="evaluation",
+    )
+    eval_steps: int = option(500, "steps between measurements; there is one at the end too", group="evaluation")
+    eval_on_start: bool = option(False, "measure before the first step too", group="evaluation")
+    metric_for_best_model: str = option(
+        "nDCG@10", "decides what is best: the mean over --eval_data, or of one set as NAME/nDCG@10", group="evaluation"
+    )
+    load_best_model_at_end: bool = option(
+        False, "end with the weights that measured best (kept in --output_dir/best until then)", group="evaluation"
+    )
+    early_stopping_patience: int | None = option(
+        None, "stop after so many measurements in a row that are not better than the best", group="evaluation"
+    )
+
+    fp16: bool = option(
+        False,
+        "float16 (GPU); without a GPU bfloat16 where the CPU is fast in it, else float32",
+        group="precision and memory",
+    )
     bf16: bool = option(False, "bfloat16; without hardware for it float32", group="precision and memory")
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] | None = option(
         None,
-        "auto is bfloat16 where the hardware has it, else float32; default: what `accelerate launch` was told",
+        "auto is bfloat16 where the hardware is fast in it, else float32; default: what `accelerate launch` was told",
         group="precision and memory",
     )
     gradient_checkpointing: bool = option(
@@ -241,15 +268,19 @@ def check(cfg: Config) -> None:
     for name in (
         "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "save_steps",
         "gradient_accumulation_steps", "logging_steps", "max_example_num_per_dataset", "shuffle_buffer_size",
+        "eval_steps",
     ):  # fmt: skip
         if getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1")
     for name in ("learning_rate", "temperature"):
         if not getattr(cfg, name) > 0:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be above 0")
-    for name in ("max_tokens_per_micro_batch", "pad_to_multiple_of", "save_total_limit"):
+    for name in ("max_tokens_per_micro_batch", "pad_to_multiple_of", "save_total_limit", "early_stopping_patience"):
         if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1, or left out")
+    for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
+        if getattr(cfg, name) and not cfg.eval_data:
+            raise ValueError(f"--{name} needs --eval_data: there is nothing to measure on")
     if cfg.streaming and cfg.max_steps < 1:
         raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has")
     if not cfg.streaming and cfg.stopping_strategy != "repeat":
@@ -397,6 +428,8 @@ def main(cfg: Config) -> None:
         feeds, dropped = load_feeds(cfg)
         rows_without_negatives = sum(feed.rows.check_negatives() for feed in feeds if feed.rows and feed.group_size > 1)
         deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
+        eval_sets = read_eval_sets(cfg.eval_data or [])
+        best = Best(cfg.metric_for_best_model, list(eval_sets)) if eval_sets else None
 
     stop = StopSignals()
 
@@ -425,11 +458,13 @@ def main(cfg: Config) -> None:
         write_state,
     )
     from bge_accel.distributed import gather, gather_with_grad, largest
-    from bge_accel.encoding import choose_precision, prefetch
+    from bge_accel.encoding import prefetch
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
+    from bge_accel.precision import choose_precision
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
+    from bge_accel.validation import EncodingSettings, evaluate_in_training
 
     # ---- accelerator
     on_cpu = cfg.use_cpu or not torch.cuda.is_available()
@@ -721,6 +756,8 @@ def main(cfg: Config) -> None:
             tensors = load_file(path) if os.path.exists(path) else {}  # none before the first step
             with user_errors():
                 load_optimizer_tensors(encoder, optimizer, tensors, rates)
+        if best is not None and resumed["best"] is not None:
+            best.load_state_dict(resumed["best"])
         if accelerator.scaler is not None and resumed["scaler"] is not None:
             accelerator.scaler.load_state_dict(resumed["scaler"])
         # As many graphs are kept as before: the order in which gradients are summed decides their last bits.
@@ -823,6 +860,7 @@ def main(cfg: Config) -> None:
             "batches": num_batches,
             "skipped": skipped,
             "saved_epoch": saved_epoch,
+            "best": best.state_dict() if best is not None else None,
             "num_processes": world,
             "position": position,
             "settings": settings_of(cfg),
@@ -858,8 +896,8 @@ def main(cfg: Config) -> None:
                 remove_checkpoint(path)
         accelerator.wait_for_everyone()
 
-    def save_model(step: int) -> None:
-        """The trained model, into `output_dir` itself."""
+    def save_model(step: int, folder: str) -> None:
+        """The model as it is, complete or not at all; what else the folder holds stays."""
         weights = whole_state_dict(accelerator, model) if is_sharded else None
         if is_main:
             aside = os.path.join(cfg.output_dir, ".incomplete")
@@ -873,12 +911,42 @@ def main(cfg: Config) -> None:
                 model_card=card_of(cfg, settings, num_rows, step),
             )
             flush_tree(aside)
-            move_into(aside, cfg.output_dir)
+            move_into(aside, folder)
         accelerator.wait_for_everyone()
+
+    encoding = EncodingSettings(
+        settings.query_prefix, settings.passage_prefix, cfg.query_max_len, cfg.passage_max_len, max_tokens
+    )
+
+    def measure(step: int) -> None:
+        """Retrieval on each of `eval_data` by all processes, into the log; the best weights so far are kept."""
+        assert best is not None
+        started = time.perf_counter()
+        metrics = {
+            name: evaluate_in_training(model, tokenizer, data, encoding, device=device)
+            for name, data in eval_sets.items()
+        }
+        seconds = time.perf_counter() - started
+        is_best = best.update(step, metrics)
+        shown = "  ".join(f"{name} {values[best.metric]:.4f}" for name, values in metrics.items())
+        say(f"step {step}/{num_steps}  {best.metric}: {shown}{'  (best so far)' if is_best else ''}  {seconds:.1f} s")
+        if log_file is not None:
+            with saving_errors(step):
+                log_file.write(json.dumps({"step": step, "eval": metrics, "eval_seconds": seconds}) + "\n")
+                log_file.flush()
+        if trackers:
+            figures = {f"eval/{name}/{key}": value for name, of in metrics.items() for key, value in of.items()}
+            accelerator.log(figures | {"eval/seconds": seconds}, step=step)
+        if is_best and cfg.load_best_model_at_end:
+            with saving_errors(step):
+                save_model(step, os.path.join(cfg.output_dir, BEST))
+        window.start += time.perf_counter() - started  # rates are those of training
 
     # ---- the loop
     bar = tqdm(total=num_steps, initial=step, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
     window, stopped = Window(len(feeds)), False
+    if cfg.eval_on_start and step == 0:
+        measure(step)
     for index, batch in enumerate(prefetch(batches(first_batch)) if step < num_steps else (), start=first_batch):
         if cfg.stopping_strategy != "repeat":
             first = cfg.stopping_strategy == "first_exhausted"
@@ -1004,6 +1072,13 @@ def main(cfg: Config) -> None:
                 for name, of_source in record.get("sources", {}).items():
                     figures |= {f"{key}/{name}": value for key, value in of_source.items()}
                 accelerator.log(figures, step=step)
+        if best is not None and not skips and step % cfg.eval_steps == 0 and not stopped:
+            measure(step)
+            if cfg.early_stopping_patience is not None and best.waited >= cfg.early_stopping_patience and not is_end:
+                say(
+                    f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}"
+                )
+                is_end = True
         epoch_done = int(epoch)
         due = (cfg.save_strategy == "steps" and step % cfg.save_steps == 0) or (
             cfg.save_strategy == "epoch" and epoch_done > saved_epoch
@@ -1015,6 +1090,8 @@ def main(cfg: Config) -> None:
         if is_end or stopped:
             break
     bar.close()
+    if best is not None and not stopped and best.last_step != step:
+        measure(step)
 
     # ---- save
     if stopped:
@@ -1025,7 +1102,13 @@ def main(cfg: Config) -> None:
         say(f"stopped by {why}: checkpoint-{step} is saved; go on with --resume_from_checkpoint latest")
     else:
         with saving_errors(step):
-            save_model(step)
+            if best is not None and cfg.load_best_model_at_end:
+                if is_main:
+                    move_into(os.path.join(cfg.output_dir, BEST), cfg.output_dir)
+                accelerator.wait_for_everyone()
+                say(f"the best {best.metric} was {best.value:.4f}, after step {best.step}")
+            else:
+                save_model(step, cfg.output_dir)
         say(f"saved {cfg.output_dir}")
     if log_file is not None:
         log_file.close()

@@ -24,40 +24,41 @@ import shutil
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import MISSING, asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from bge_accel.checkpoint import flush
+from bge_accel.candidates import TextPool, read_pool_texts, text_key, write_pool
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
+from bge_accel.jobs import (
+    Processes,
+    SharedCounters,
+    atomic_file,
+    check_json,
+    check_output,
+    new_row,
+    open_work,
+    rounded,
+    warn,
+)
 from bge_accel.mining import (
     DROPS,
     Choice,
     Mined,
-    Processes,
     QueryGroups,
     Ranking,
     Target,
-    TextPool,
-    atomic_file,
-    check_json,
-    check_output,
     choose_negatives,
-    new_row,
-    open_work,
     parse_range,
     plot_histogram,
     rank_targets,
-    read_pool_texts,
-    rounded,
     text_histogram,
-    text_key,
-    warn,
-    write_pool,
 )
 from bge_accel.reading import Faults, find_files, read_rows, shorten, text_id
 from bge_accel.rows import TrainingRows
+from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_manifest, writing
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -88,6 +89,9 @@ class Config:
         None, 'files, globs or folders of passages {"text"}; default: every "pos" and "neg" of the input', group="data"
     )
     cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows", group="data")
+    save_path: str | None = option(
+        None, "keep the pool's embeddings in this store, or take them from it where they are the same", group="data"
+    )
 
     query_instruction_for_retrieval: str | None = option(
         None, 'put before each query; "" for none; default: what the model says of itself', group="model"
@@ -105,7 +109,7 @@ class Config:
         None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
     )
     use_fp16: bool | None = option(
-        None, "float16 (CPU: bfloat16 where it has it, else float32); False: float32; default: True", aliases=["fp16"],
+        None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
         group="model",
     )  # fmt: skip
     use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
@@ -169,7 +173,7 @@ class Config:
 
 
 NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "plot", "show", "drop_rows_without_negatives",
-                      "write_scores", "input_file", "candidate_pool")  # fmt: skip
+                      "write_scores", "input_file", "candidate_pool", "save_path")  # fmt: skip
 
 
 def check(cfg: Config) -> Choice:
@@ -234,9 +238,10 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding import EmbeddingModel, default_device, resolve_dtype, tokenizer_digest, weights_digest
-    from bge_accel.mining import Reranker
+    from bge_accel.encoding import EmbeddingModel, tokenizer_digest, weights_digest
     from bge_accel.model import instruction_prefix
+    from bge_accel.precision import default_device, resolve_dtype
+    from bge_accel.reranking import Reranker
     from bge_accel.search import build_index, check_index_factory, search
 
     # ---- models
@@ -293,11 +298,12 @@ def main(cfg: Config) -> None:
         "device": device.type,
         **{name: value for name, value in asdict(cfg).items() if name not in NOT_IN_FINGERPRINT},
     }
-    processes.on_first(lambda: open_work(work, fingerprint, processes.say, removes=("part-", "emb")))
+    processes.on_first(lambda: open_work(work, fingerprint, processes.say, removes=("part-", "embeddings")))
 
     # ---- encode the pool
     with user_errors():
-        pool_emb = embed_pool(model, pool, work, processes, passage_length, cfg.batch_size)
+        folder = cfg.save_path or os.path.join(work, "embeddings")
+        pool_emb = embed_pool(model, pool, folder, processes, passage_length, cfg.batch_size)
         on_gpu = cfg.use_gpu_for_searching and device.type == "cuda"
         if cfg.use_gpu_for_searching and not on_gpu:
             processes.say("no GPU: searching on the CPU")
@@ -353,12 +359,12 @@ def main(cfg: Config) -> None:
     from tqdm import tqdm
 
     starts = range(0, len(rows), ROWS_PER_CHUNK)
-    own_starts = list(enumerate(starts))[processes.rank :: processes.world]
-    with user_errors():
-        bar = tqdm(own_starts, desc="mining", unit="chunk", disable=not processes.shows_bars)
-        for number, start in bar:
-            if os.path.exists(part_name(work, number)):
-                continue
+    pending = [number for number in range(len(starts)) if not os.path.exists(part_name(work, number))]
+    processes.wait()  # all have seen what is missing before one writes
+    counters = SharedCounters("chunks", processes.world > 1)
+    with user_errors(), tqdm(total=len(pending), desc="mining", unit="chunk", disable=not processes.shows_bars) as bar:
+        for number in counters.share(pending):
+            start = starts[number]
             chunk = [rows[i] for i in range(start, min(start + ROWS_PER_CHUNK, len(rows)))]
             kept = [kept_negatives(cfg, row, groups.known_positives(start + i).keys) for i, row in enumerate(chunk)]
             targets = [
@@ -367,6 +373,7 @@ def main(cfg: Config) -> None:
             ]
             mined, dropped = mine(chunk, targets)
             write_part(part_name(work, number), chunk, kept, mined, dropped)
+            bar.update(counters.add("mined", 1) - bar.n)
     processes.wait()
 
     # ---- write the rows and say what was done
@@ -402,41 +409,41 @@ def write_inputs(cfg: Config, rows: TrainingRows, work: str) -> None:
 
 
 def embed_pool(
-    model: Any, pool: TextPool, work: str, processes: Processes, max_length: int, batch_size: int | None
-) -> np.ndarray:
-    """Embeddings (texts, dim) float32 of the pool, mapped from a file; the processes encode shards in turn.
+    model: Any, pool: TextPool, folder: str, processes: Processes, max_length: int, batch_size: int | None
+) -> EmbeddingStore:
+    """The store of the pool's embeddings, in which what is missing is encoded; the processes share its shards.
 
     A shard is encoded alike by any process, so the embeddings do not depend on how many there are.
     """
     from tqdm import tqdm
 
-    whole = os.path.join(work, "emb.npy")
-    starts = list(range(0, len(pool), TEXTS_PER_SHARD))
-    names = [os.path.join(work, f"emb-{number:06d}.npy") for number in range(len(starts))]
-    if not os.path.exists(whole):
-        mine = list(zip(names, starts, strict=True))[processes.rank :: processes.world]
-        with tqdm(total=len(mine) * TEXTS_PER_SHARD, desc="encoding the pool", unit="text",
-                  disable=not processes.shows_bars) as bar:  # fmt: skip
-            for name, start in mine:
-                if not os.path.exists(name):
-                    texts = pool[start : start + TEXTS_PER_SHARD]
-                    emb = np.asarray(model.encode_corpus(texts, batch_size=batch_size, max_length=max_length))
-                    with open(f"{name}.incomplete", "wb") as file:
-                        np.save(file, emb)
-                    flush(f"{name}.incomplete")
-                    os.replace(f"{name}.incomplete", name)
-                bar.update(TEXTS_PER_SHARD)
-    processes.wait()
-    if processes.rank == 0 and not os.path.exists(whole):
-        merged = np.lib.format.open_memmap(f"{whole}.incomplete", "w+", np.float32, (len(pool), model.dim))
-        for name, start in zip(names, starts, strict=True):
-            merged[start : start + TEXTS_PER_SHARD] = np.load(name)
-        merged.flush()
-        os.replace(f"{whole}.incomplete", whole)
-        for name in names:
-            os.remove(name)
-    processes.wait()
-    return np.load(whole, mmap_mode="r")
+    from bge_accel.encoding import encode_to_store
+
+    with ExitStack() as alone:
+
+        def begin() -> None:
+            alone.enter_context(writing(folder))
+            texts = len(pool), pool.digest()
+            prepare_store(folder, model.describe_store(*texts, max_length=max_length, shard_size=TEXTS_PER_SHARD))
+
+        processes.on_first(begin)
+        manifest = read_manifest(folder)
+        missing = missing_shards(folder, manifest)
+        processes.wait()  # all have seen what is missing before one writes
+        counters = SharedCounters("pool", processes.world > 1)
+        total = sum(stop - start for start, stop in map(manifest.rows_of, missing))
+        with tqdm(total=total, desc="encoding the pool", unit="text", disable=not processes.shows_bars) as bar:
+            encode_to_store(
+                model,
+                folder,
+                manifest,
+                counters.share(missing),
+                lambda start, stop: pool[start:stop],
+                max_texts=batch_size,
+                on_texts=lambda count: bar.update(counters.add("encoded", count) - bar.n),
+            )
+        processes.wait()
+    return EmbeddingStore(folder)
 
 
 def rerank(

@@ -78,7 +78,7 @@ def read_result(path: str) -> dict[str, Any]:
 
 def main(cfg: Config) -> None:
     with user_errors():
-        from bge_accel.mining import atomic_file, check_output
+        from bge_accel.jobs import atomic_file, check_output
 
         if cfg.run is None and not cfg.metrics:
             raise ValueError("there is nothing to report: give --run, --metrics or both")

@@ -22,18 +22,8 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.mining import (
-    Processes,
-    Reranker,
-    atomic_file,
-    check_json,
-    check_output,
-    new_row,
-    open_work,
-    rounded,
-    text_histogram,
-    warn,
-)
+from bge_accel.jobs import Processes, atomic_file, check_json, check_output, new_row, open_work, rounded, warn
+from bge_accel.mining import text_histogram
 from bge_accel.reading import Faults, find_files, read_rows, text_id
 from bge_accel.rows import TrainingRows
 
@@ -71,7 +61,7 @@ class Config:
         "{}{}", "how it is put together with the passage", group="model"
     )
     use_fp16: bool | None = option(
-        None, "float16 (CPU: bfloat16 where it has it, else float32); False: float32; default: True", aliases=["fp16"],
+        None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
         group="model",
     )  # fmt: skip
     use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
@@ -120,8 +110,10 @@ def main(cfg: Config) -> None:
     import torch
     from tqdm import tqdm
 
-    from bge_accel.encoding import default_device, resolve_dtype, tokenizer_digest, weights_digest
+    from bge_accel.encoding import tokenizer_digest, weights_digest
     from bge_accel.model import instruction_prefix
+    from bge_accel.precision import default_device, resolve_dtype
+    from bge_accel.reranking import Reranker
 
     # ---- model
     with user_errors():

@@ -12,17 +12,15 @@ from bge_accel import EmbeddingModel, FlagModel, encoding
 from bge_accel.batching import tokenize
 from bge_accel.encoding import (
     EncodingCounts,
-    cpu_has_bf16,
-    default_device,
     encode_texts,
     is_out_of_memory,
     prefetch,
-    resolve_dtype,
     tokenize_and_count,
     tokenizer_digest,
     weights_digest,
 )
 from bge_accel.model import load_encoder, save_encoder
+from bge_accel.precision import cpu_is_faster_in_bf16
 
 TEXTS = [
     "what is a list?",
@@ -223,42 +221,6 @@ def test_dtype_is_that_of_the_weights_and_embeddings_are_float32(folder, model, 
     assert ours.dtype == np.float32 and (ours * model.encode(TEXTS)).sum(1).min() > 0.995
 
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize(
-    ("fp16", "bf16", "device", "dtype"),
-    [
-        (False, False, CPU, torch.float32),
-        (False, False, GPU, torch.float32),
-        (True, False, GPU, torch.float16),
-        (False, True, GPU, torch.bfloat16),
-        (True, False, torch.device("mps"), torch.float16),
-    ],
-)
-def test_resolve_dtype_gives_what_was_asked_for(fp16, bf16, device, dtype):
-    assert resolve_dtype(fp16, bf16, device) == (dtype, None)
-
-
-@pytest.mark.parametrize("has_bf16", [True, False])
-def test_resolve_dtype_on_a_cpu_says_what_it_does_instead(has_bf16, monkeypatch):
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
-    assert cpu_has_bf16() is has_bf16
-    dtype, warning = resolve_dtype(True, False, CPU)
-    assert dtype == (torch.bfloat16 if has_bf16 else torch.float32) and "fp16 needs a GPU" in warning
-    assert warning.endswith(f"computing in {str(dtype).removeprefix('torch.')} instead")
-    dtype, warning = resolve_dtype(False, True, CPU)
-    assert dtype == (torch.bfloat16 if has_bf16 else torch.float32)
-    assert warning is None if has_bf16 else "no bfloat16 arithmetic: computing in float32 instead" in warning
-
-
-def test_resolve_dtype_refuses_both_and_asks_the_default_device():
-    with pytest.raises(ValueError, match="--fp16 and --bf16 exclude each other"):
-        resolve_dtype(True, True, GPU)
-    for asked in ((True, False), (False, True), (False, False)):
-        assert resolve_dtype(*asked) == resolve_dtype(*asked, default_device())
-
-
 def test_flag_model_takes_flag_embeddings_arguments(folder, model):
     """In FlagEmbedding's order: normalize_embeddings, use_fp16, use_bf16, instruction, its format, devices, pooling_method."""
     flag = FlagModel(folder, False, False, False, "find", "{}: {}", "cpu", "cls")
@@ -279,7 +241,7 @@ def test_flag_model_takes_flag_embeddings_arguments(folder, model):
 
 def test_flag_model_on_a_cpu_takes_the_fast_half_precision_if_any(folder):
     (dtype,) = {parameter.dtype for parameter in FlagModel(folder, devices="cpu").encoder.parameters()}
-    assert dtype == (torch.bfloat16 if cpu_has_bf16() else torch.float32)
+    assert dtype == (torch.bfloat16 if cpu_is_faster_in_bf16() else torch.float32)
 
 
 # ---- memory, counts, stores

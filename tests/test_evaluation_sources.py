@@ -29,19 +29,19 @@ def write_beir(folder, ending=""):
 @pytest.mark.parametrize("ending", ["", ".gz"])
 def test_a_beir_folder_brings_everything(tmp_path, ending):
     folder = write_beir(tmp_path / "beir", ending)
-    data = read_evaluation_data(*locate([folder], None, None))
+    data = read_evaluation_data([folder], None, None)
     assert data.corpus.texts == ["Cats they purr", "dogs bark"] and data.corpus.ids == ["a", "b"]
     assert data.queries.ids == ["1", "2"] and data.judgements.grade.tolist() == [2, 1]
-    assert read_evaluation_data(*locate([folder], None, None, "dev")).queries.ids == ["3"]
+    assert read_evaluation_data([folder], None, None, "dev").queries.ids == ["3"]
 
 
 def test_other_queries_or_judgements_for_a_beir_folder(tmp_path):
     folder = write_beir(tmp_path / "beir")
     (tmp_path / "q.jsonl").write_text('{"query": "woof", "positive": ["dogs bark"]}\n')
-    data = read_evaluation_data(*locate([folder], [str(tmp_path / "q.jsonl")], None))
+    data = read_evaluation_data([folder], [str(tmp_path / "q.jsonl")])
     assert data.counts["corpus"] == 2 and data.queries.texts == ["woof"]  # its queries are no passages
     (tmp_path / "qrels.tsv").write_text("2\ta\t1\n")
-    data = read_evaluation_data(*locate([folder], None, str(tmp_path / "qrels.tsv")))
+    data = read_evaluation_data([folder], None, str(tmp_path / "qrels.tsv"))
     assert data.queries.ids == ["2"] and data.judgements.row.tolist() == [0]
 
 
@@ -64,6 +64,9 @@ def test_ms_marco_is_the_default():
     assert locate(None, None, None) == default
     assert locate(None, ["namespace-Pt/msmarco"], None) == default
     assert locate(None, ["some/queries"], None, "validation").queries == ["some/queries::validation"]
+    assert locate(["namespace-Pt/msmarco-corpus"], None, None) == default
+    with pytest.raises(ValueError, match=r"c.jsonl is searched, but there are no queries: name them with --query_data"):
+        locate(["c.jsonl"], None, None)
     assert locate(["c.jsonl"], ["some/queries:en:test"], None).queries == ["some/queries:en:test"]
 
 
@@ -147,7 +150,7 @@ def test_ndcg_is_that_of_plain_numpy(real_model, tmp_path):
         (folder / f"{name}.jsonl").write_text("".join(lines))
     lines = [f"{query}\t{doc}\t{grade}\n" for query, of in grades.items() for doc, grade in of.items()]
     (folder / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(lines))
-    data = read_evaluation_data(*locate([str(folder)], None, None))
+    data = read_evaluation_data([str(folder)], None, None)
 
     from sentence_transformers import SentenceTransformer
 

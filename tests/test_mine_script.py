@@ -13,7 +13,8 @@ from conftest import REPO, build_tiny_model
 from warm_start import Job, end_all
 
 from bge_accel import EmbeddingModel
-from bge_accel.mining import Reranker, normalise_text
+from bge_accel.candidates import normalise_text
+from bge_accel.reranking import Reranker
 from bge_accel.rows import TrainingRows
 
 MINE, SCORE = REPO / "scripts" / "mine_hard_negatives.py", REPO / "scripts" / "score_with_reranker.py"
@@ -186,10 +187,11 @@ def test_killed_and_resumed_gives_the_same_bytes(tmp_path, tiny_model):
     job.kill()
     assert not (tmp_path / "mined.jsonl").exists() and not (work / "part-0000004").exists()
     first = (work / "part-0000000").stat().st_mtime_ns
-    emb = (work / "emb.npy").stat().st_mtime_ns
+    shard = work / "embeddings" / "shard-00000.npy"
+    emb = shard.stat().st_mtime_ns
     job = mine(tmp_path, tiny_model, *args)
     job.wait_until((work / "part-0000003").exists)
-    assert (work / "part-0000000").stat().st_mtime_ns == first and (work / "emb.npy").stat().st_mtime_ns == emb
+    assert (work / "part-0000000").stat().st_mtime_ns == first and shard.stat().st_mtime_ns == emb
     text = job.ends()
     assert "going on from an interrupted run: " in text and not work.exists()
     assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -217,6 +219,26 @@ def test_another_runs_leftovers_are_not_used(tmp_path, tiny_model):
     assert "starting afresh, mined.jsonl.mining is of another run: seed: 42 -> 5" in text
     mine(tmp_path, tiny_model, *args, "--seed", 5, output="other.jsonl").ends()
     assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
+
+
+def test_the_pools_embeddings_are_kept_and_taken(tmp_path, tiny_model):
+    """Also those of encode_corpus.py; those of other texts are refused."""
+    write(tmp_path / "toy.jsonl", make_rows(40))
+    write(tmp_path / "pool.jsonl", [{"text": f"{word} {other}"} for word in WORDS for other in WORDS])
+    args = ("--candidate_pool", "pool.jsonl", "--range_for_sampling", "0-20", "--negative_number", 5, "--write_scores")
+    encode = REPO / "scripts" / "encode_corpus.py"
+    flags = ("--corpus_data", "pool.jsonl", "--output_dir", "store", "--max_length", 128)
+    Job("--model_name_or_path", tiny_model, *flags, cwd=tmp_path, script=encode).ends()
+    shard = tmp_path / "store" / "shard-00000.npy"
+    written = shard.stat().st_mtime_ns
+    mine(tmp_path, tiny_model, *args, "--save_path", "store").ends()
+    mine(tmp_path, tiny_model, *args, output="own.jsonl").ends()
+    assert shard.stat().st_mtime_ns == written
+    assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "own.jsonl").read_bytes()
+    mine(tmp_path, tiny_model, *args, "--save_path", "new", output="new.jsonl").ends()
+    assert np.array_equal(np.load(tmp_path / "new" / "shard-00000.npy"), np.load(shard))
+    text = mine(tmp_path, tiny_model, *args[2:], "--save_path", "store", output="other.jsonl").ends(2)
+    assert "the embedding store store was made from something else" in text and "the texts (digest)" in text
 
 
 def test_the_order_of_rows_changes_no_draw(tmp_path, tiny_model):

@@ -10,32 +10,34 @@ import torch
 from conftest import build_tiny_model
 
 from bge_accel import EmbeddingModel
-from bge_accel.mining import (
-    Choice,
+from bge_accel.candidates import (
     KnownPositives,
-    QueryGroups,
-    Ranking,
-    Reranker,
-    Target,
     TextPool,
-    choose_negatives,
-    clean_ranking,
-    draw,
     normalise_text,
     overlap,
-    parse_range,
-    plot_histogram,
-    random_texts,
-    rank_targets,
     read_pool_texts,
-    score_filters,
     sketch,
-    text_histogram,
     text_key,
     text_keys,
     write_pool,
 )
+from bge_accel.mining import (
+    Choice,
+    QueryGroups,
+    Ranking,
+    Target,
+    choose_negatives,
+    clean_ranking,
+    draw,
+    parse_range,
+    plot_histogram,
+    random_texts,
+    rank_targets,
+    score_filters,
+    text_histogram,
+)
 from bge_accel.reading import Faults
+from bge_accel.reranking import Reranker
 from bge_accel.search import build_index, search
 
 WORDS = "king Queen forest ｒｉｖｅｒ castle gold Apple wolf bread Straße stone".split()

@@ -69,7 +69,8 @@ def main(cfg: Config) -> None:
     import torch
 
     from bge_accel.batching import tokenize
-    from bge_accel.encoding import EmbeddingModel, cpu_has_bf16, default_device
+    from bge_accel.encoding import EmbeddingModel
+    from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16, default_device
 
     device = default_device()
     with user_errors():
@@ -81,7 +82,7 @@ def main(cfg: Config) -> None:
         if device.type == "cpu" and not cpu_has_bf16() and "bf16" in cfg.precisions:
             print("this CPU has no bfloat16 arithmetic: bf16 is left out", file=sys.stderr)
             cfg.precisions = [name for name in cfg.precisions if name != "bf16"]
-        auto = "fp16" if device.type == "cuda" else "bf16" if cpu_has_bf16() else "fp32"
+        auto = "fp16" if device.type == "cuda" else "bf16" if cpu_is_faster_in_bf16() else "fp32"
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         # Without the model's instructions: only the encoding itself is compared.
         models = {

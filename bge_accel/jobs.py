@@ -1,0 +1,223 @@
+"""Long jobs of several processes that rewrite files of rows: sharing, what is kept until the end, output whole or absent."""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import IO, Any, TypeVar
+
+from bge_accel.checkpoint import differences, flush
+from bge_accel.reading import Faults, find_files, read_rows
+
+T = TypeVar("T")
+
+
+class Processes:
+    """The processes that `torchrun` or `accelerate launch` has started; they share no more than files and barriers."""
+
+    def __init__(self) -> None:
+        self.world, self.rank = int(os.environ.get("WORLD_SIZE", 1)), 0
+        if self.world > 1:
+            import torch.distributed as dist
+
+            # Gloo on GPUs, too: nothing is sent but a message now and then, after hours of work perhaps.
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            self.rank = dist.get_rank()
+
+    @property
+    def shows_bars(self) -> bool:
+        """Whether this process shows progress bars."""
+        return self.rank == 0 and sys.stderr.isatty()
+
+    def say(self, text: str) -> None:
+        """Prints on the first process alone."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def wait(self) -> None:
+        """Returns when every process has come here."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def on_first(self, work: Callable[[], None]) -> None:
+        """Does it on the first process while the others wait; what is wrong is raised by all."""
+        said: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except ValueError as error:
+                said = [str(error)]
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.broadcast_object_list(said, src=0)
+        if said[0] is not None:
+            raise ValueError(said[0])
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number, and how many there are."""
+    import torch.distributed as dist
+
+    isshare_ofd = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if isshare_ofd else (0, 1)
+
+
+def share_of(total: int, rank: int, world: int) -> tuple[int, int]:
+    """First and end of the consecutive part of `total` things that one process takes."""
+    return total * rank // world, total * (rank + 1) // world
+
+
+def gather(value: T) -> list[T]:
+    """What every process has, in their order."""
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    import torch.distributed as dist
+
+    values: list[Any] = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(work: Callable[[], T]) -> T:
+    """What the first process finds; a ValueError there is raised by all."""
+    import torch.distributed as dist
+
+    said: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            said[0] = work()
+        except ValueError as error:
+            said[1] = str(error)
+    dist.broadcast_object_list(said, src=0)
+    if said[1] is not None:
+        raise ValueError(said[1])
+    return said[0]
+
+
+class SharedCounters:
+    """Numbers that all processes add to; in one process plain ones.
+
+    Args:
+        job: a name of the job, so that two of them in one program do not count together.
+        is_shared: whether there are several processes, connected by `torch.distributed`.
+    """
+
+    def __init__(self, job: str, is_shared: bool) -> None:
+        self._job, self._values = job, dict[str, int]()
+        self._store: Any = None
+        if is_shared:
+            from torch.distributed import distributed_c10d
+
+            self._store = distributed_c10d._get_default_store()
+
+    def add(self, name: str, amount: int) -> int:
+        """Adds to a number, which begins at 0, and returns the sum."""
+        if self._store is not None:
+            return self._store.add(f"{self._job}/{name}", amount)
+        self._values[name] = self._values.get(name, 0) + amount
+        return self._values[name]
+
+    def share(self, items: Sequence[T]) -> Iterator[T]:
+        """The next item that no process has taken yet, until there is none: a slow process holds up nothing."""
+        while (turn := self.add("taken", 1)) <= len(items):
+            yield items[turn - 1]
+
+
+def check_output(flag: str, path: str, inputs: Sequence[str]) -> None:
+    """Raises ValueError where a file cannot be written, or would be written over an input."""
+    if not path or os.path.isdir(path):
+        raise ValueError(f"{flag} {path!r} is not the name of a file")
+    folder = os.path.dirname(os.path.abspath(path))
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
+        raise ValueError(f"{flag} {path}: its folder cannot be made in {folder}, which is no writable folder")
+    if os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs):
+        raise ValueError(f"{flag} {path} is an input; name another file")
+
+
+def check_json(paths: Sequence[str], faults: Faults) -> None:
+    """Finds values of Parquet files that JSON lines, in which rows are written, cannot hold."""
+    for path in find_files(paths, faults):
+        for where, _, row in read_rows(path, faults) if path.endswith(".parquet") else ():
+            try:
+                json.dumps(row)
+            except TypeError as error:
+                faults.add(where, f"the row cannot be written as JSON ({error}); drop that column")
+
+
+@contextmanager
+def atomic_file(path: str) -> Iterator[IO[str]]:
+    """Yields a text file that appears under its name when it is complete, or not at all."""
+    aside = f"{path}.incomplete"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            yield file
+        flush(aside)
+        os.replace(aside, path)
+    finally:
+        if os.path.exists(aside):
+            os.remove(aside)
+
+
+def open_work(
+    work: str, fingerprint: dict[str, Any], say: Callable[[str], None], *, removes: tuple[str, ...] = ("part-",)
+) -> None:
+    """Keeps what a run with the same inputs and settings has left in a folder; removes what another one has.
+
+    Args:
+        say: told which of the two it is.
+        removes: beginnings of the names of files and folders that belong to one run.
+    """
+    os.makedirs(work, exist_ok=True)
+    path = os.path.join(work, "fingerprint.json")
+    fingerprint = json.loads(json.dumps(fingerprint))
+    if os.path.exists(path):
+        with open(path, encoding="utf-8") as file:
+            old = json.load(file)
+        if old == fingerprint:
+            done = sum(name.startswith("part-") and "." not in name for name in os.listdir(work))
+            say(f"going on from an interrupted run: {done} of its chunks of rows are done")
+            return
+        changes = "; ".join(differences(old, fingerprint))
+        say(f"starting afresh, {work} is of another run: {changes}")
+    for name in os.listdir(work):
+        if name.startswith(removes) or name == "fingerprint.json":
+            stale = os.path.join(work, name)
+            shutil.rmtree(stale) if os.path.isdir(stale) else os.remove(stale)
+    with atomic_file(path) as file:
+        json.dump(fingerprint, file)
+
+
+def new_row(
+    row: dict[str, Any], negatives: list[str], scores: tuple[list[float], list[float]] | None
+) -> dict[str, Any]:
+    """The row with its new negatives, all else as it was; scores of others never stay."""
+    new: dict[str, Any] = {}
+    for name, value in row.items():
+        if name not in ("neg", "pos_scores", "neg_scores"):
+            new[name] = value
+        if name == "neg" or (name == "pos" and "neg" not in row):
+            new["neg"] = negatives
+    if scores is not None:
+        new["pos_scores"], new["neg_scores"] = scores
+    return new
+
+
+def rounded(scores: Sequence[float]) -> list[float]:
+    """Scores as they are written."""
+    return [round(score, 6) for score in scores]
+
+
+def warn(text: str) -> None:
+    """Prints a warning on the first process alone."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"warning: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,78 @@
+"""Which device and which precision to compute in, from what was asked for and what the hardware does well."""
+
+import time
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+
+
+def default_device() -> torch.device:
+    """The GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16 itself; emulated, it is far slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+@lru_cache(maxsize=1)
+def cpu_is_faster_in_bf16() -> bool:
+    """Whether this CPU multiplies matrices clearly faster in bfloat16 than in float32, measured once in milliseconds.
+
+    Having the instructions does not tell: with tile registers (AMX) they are several times as fast as float32, without
+    them on some processors half as fast. A quarter more is asked for, so that chance does not decide.
+    """
+    if not cpu_has_bf16():
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs, weight = torch.ones(512, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+        times = []
+        with torch.inference_mode():
+            for _ in range(6):
+                start = time.perf_counter()
+                F.linear(inputs, weight)
+                times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.float32] > 1.25 * seconds[torch.bfloat16]
+
+
+def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) -> tuple[torch.dtype, str | None]:
+    """The precision to compute in, and a warning where it is not the one asked for.
+
+    A CPU has no fast float16: it takes bfloat16 instead where that is fast, else float32.
+    """
+    on_gpu = (device or default_device()).type != "cpu"
+    if fp16 and bf16:
+        raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
+    if on_gpu and bf16 and torch.cuda.is_available() and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32, "this GPU has no bfloat16 arithmetic: computing in float32 instead; --fp16 is faster"
+    if on_gpu or not (fp16 or bf16):
+        return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None
+    if bf16 and cpu_has_bf16():
+        return torch.bfloat16, None
+    if bf16:
+        return torch.float32, "this CPU has no bfloat16 arithmetic: computing in float32 instead"
+    if cpu_is_faster_in_bf16():
+        return torch.bfloat16, "fp16 needs a GPU: computing in bfloat16 instead"
+    return torch.float32, "fp16 needs a GPU and bfloat16 is not faster on this CPU: computing in float32 instead"
+
+
+def choose_precision(asked: str | None, device: torch.device) -> tuple[str | None, str | None]:
+    """Accelerate's name of a mixed precision (None: its own default) as far as the device can.
+
+    Args:
+        asked: "auto" for bfloat16 where the hardware is good at it, "fp16", "bf16", or any other of Accelerate's names.
+
+    Returns:
+        The name, and a warning where it is not what was asked for.
+    """
+    if asked not in ("auto", "fp16", "bf16"):
+        return asked, None
+    if asked == "auto" and device.type == "cpu":
+        return "bf16" if cpu_is_faster_in_bf16() else "no", None
+    dtype, warning = resolve_dtype(asked == "fp16", asked != "fp16", device)
+    name = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, "no")
+    return name, None if asked == "auto" else warning

@@ -1,0 +1,217 @@
+"""Evaluation during training: what is measured, that it changes nothing, and what is done with it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import build_tiny_model
+from test_finetune_script import write_rows
+from test_resume import LATEST, ON_CPU, Start, data, launched_by, start  # noqa: F401  (fixtures)
+
+from bge_accel.validation import Best, data_of_rows, encode_together, read_eval_sets
+
+
+def write(path: Path, rows: list[dict]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def read_log(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "train_log.jsonl").read_text().splitlines()]
+
+
+def measured(out: Path) -> list[dict]:
+    """The log's lines of evaluations, without their cost."""
+    return [{"step": r["step"], "eval": r["eval"]} for r in read_log(out) if "eval" in r]
+
+
+def test_rows_as_something_to_measure_on(tmp_path: Path) -> None:
+    """Equal queries are one, equal passages are one, and every positive of a query is judged."""
+    path = write(
+        tmp_path / "dev.jsonl",
+        [
+            {"query": "a", "pos": ["one", "two"], "neg": ["three"]},
+            {"query": "b", "pos": ["three"]},
+            {"query": "a", "pos": ["four", "one"], "neg": ["five"]},
+        ],
+    )
+    found = data_of_rows(path)
+    assert found.queries.texts == ["a", "b"] and found.corpus.texts == ["one", "two", "three", "four", "five"]
+    assert list(zip(found.judgements.query.tolist(), found.judgements.row.tolist(), strict=True)) == [
+        (0, 0), (0, 1), (0, 3), (1, 2),
+    ]  # fmt: skip
+    assert found.counts["positives"] == 4 and set(found.judgements.grade.tolist()) == {1}
+    write(tmp_path / "dev.jsonl", [{"query": "a", "pos": ["one"], "prompt": "Find: "}])
+    with pytest.raises(ValueError, match=r'dev.jsonl:1: "prompt" is not known to evaluation'):
+        data_of_rows(path)
+
+
+def test_names_of_data_sets(tmp_path: Path) -> None:
+    paths = []
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        paths.append(write(tmp_path / folder / "dev.jsonl", [{"query": "a", "pos": ["one"]}]))
+    paths.append(write(tmp_path / "other.jsonl", [{"query": "a", "pos": ["one"]}]))
+    assert list(read_eval_sets(paths)) == ["dev-1", "dev-2", "other"]
+
+
+def test_the_best_so_far() -> None:
+    best = Best("ndcg@10", ["a", "b"])
+    assert best.metric == "nDCG@10"
+    values = [0.2, 0.5, 0.4, 0.5, 0.6]
+    found = [best.update(10 * i, {"a": {"nDCG@10": v}, "b": {"nDCG@10": 0.0}}) for i, v in enumerate(values)]
+    assert found == [True, True, False, False, True], "only what is better is best"
+    assert (best.value, best.step, best.waited) == (0.3, 40, 0)
+    again = Best("b/mrr@1", ["a", "b"])
+    again.load_state_dict(json.loads(json.dumps(best.state_dict())))
+    assert (again.value, again.step, again.last_step) == (0.3, 40, 40)
+    assert not again.update(50, {"a": {"MRR@1": 1.0}, "b": {"MRR@1": 0.1}}) and again.waited == 1
+    for wrong, told in (
+        ("ndcg", "is not one of MRR@1"),
+        ("nDCG@7", "is not one of"),
+        ("c/MRR@1", "has no 'c', but a, b"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            Best(wrong, ["a", "b"])
+
+
+def test_encodes_as_the_model_does_afterwards(tiny_model: str) -> None:
+    import torch
+
+    from bge_accel import EmbeddingModel
+
+    model = EmbeddingModel(tiny_model, device="cpu", dtype="float32")
+    texts = [f"the king of story {'a ' * (i % 17)}{i}" for i in range(60)]
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        found = encode_together(
+            model.encoder, model.tokenizer, texts, "find: ", 24, device=torch.device("cpu"), max_tokens=300
+        )
+    expected = model.encode([f"find: {text}" for text in texts], max_length=24)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.fixture
+def dev(tmp_path: Path) -> str:
+    write_rows(tmp_path / "dev.jsonl", 30, seed=7)
+    return str(tmp_path / "dev.jsonl")
+
+
+STEPS = ("--max_steps", 12, "--save_steps", 4)
+
+
+def test_a_measured_run_ends_at_the_same_weights(tmp_path: Path, start: Start, dev: str) -> None:
+    """To the bit, also where it is resumed between measurements, and the log has each of them once."""
+    start("plain", *STEPS).ends()
+    more = (*STEPS, "--eval_data", dev, "--eval_steps", 3, "--eval_on_start")
+    text = start("measured", *more).ends()
+    theirs = (tmp_path / "plain" / "model.safetensors").read_bytes()
+    assert (tmp_path / "measured" / "model.safetensors").read_bytes() == theirs
+    assert [record["step"] for record in measured(tmp_path / "measured")] == [0, 3, 6, 9, 12]
+    assert text.count("nDCG@10: dev 0.") == 5 and "(best so far)" in text
+    losses = [[r["loss"] for r in read_log(tmp_path / name) if "loss" in r] for name in ("plain", "measured")]
+    assert losses[0] == losses[1]
+
+    out = tmp_path / "out"
+    job = start("out", *more)
+    job.wait_until((out / "checkpoint-8").exists)
+    job.kill()
+    assert "going on after step 8" in start("out", *more, *LATEST).ends()
+    assert (out / "model.safetensors").read_bytes() == theirs
+    assert measured(out) == measured(tmp_path / "measured")
+
+
+def test_two_processes_measure_as_the_saved_model(tmp_path: Path, start: Start, dev: str) -> None:
+    """What is measured at the end is what the saved folder gives, with an instruction and a second set."""
+    from bge_accel import EmbeddingModel
+    from bge_accel.evaluation import evaluate_retrieval
+
+    write_rows(tmp_path / "odd.jsonl", 7, seed=3)
+    more = (
+        "--eval_data",
+        dev,
+        tmp_path / "odd.jsonl",
+        "--eval_steps",
+        4,
+        "--query_instruction_for_retrieval",
+        "Find: ",
+    )
+    start("two", *STEPS, *more, "--negatives_cross_device", processes=2).ends()
+    record = measured(tmp_path / "two")[-1]
+    assert record["step"] == 12 and list(record["eval"]) == ["dev", "odd"]
+    model = EmbeddingModel(str(tmp_path / "two"), device="cpu", dtype="float32")
+    for name, metrics in record["eval"].items():
+        expected = evaluate_retrieval(
+            model, data_of_rows(str(tmp_path / f"{name}.jsonl")), max_query_length=16, max_passage_length=32
+        ).metrics
+        for metric, value in metrics.items():
+            assert value == pytest.approx(expected[metric], abs=1e-6), metric
+
+
+def test_ends_with_the_best_and_stops_early(tmp_path: Path, start: Start, dev: str) -> None:
+    """A rate that ruins the model: the first measurement stays the best, and the run stops two later."""
+    more = ("--eval_data", dev, "--eval_steps", 2, "--eval_on_start", "--metric_for_best_model", "mrr@10")
+    ruin = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--max_grad_norm", 0, "--max_steps", 40)
+    text = start("out", *ruin, *more, "--load_best_model_at_end", "--early_stopping_patience", 2).ends()
+    out = tmp_path / "out"
+    values = {record["step"]: record["eval"]["dev"]["MRR@10"] for record in measured(out)}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert list(values)[-1] == best + 4 < 40
+    assert "stopping early: 2 measurements in a row" in text
+    assert f"the best MRR@10 was {values[best]:.4f}, after step {best}" in text
+    assert not (out / "best").exists()
+    from bge_accel import EmbeddingModel
+    from bge_accel.evaluation import evaluate_retrieval
+
+    model = EmbeddingModel(str(out), device="cpu", dtype="float32")
+    found = evaluate_retrieval(model, data_of_rows(dev), max_query_length=16, max_passage_length=32).metrics
+    assert found["MRR@10"] == pytest.approx(values[best], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--eval_on_start"], "--eval_on_start needs --eval_data"),
+        (["--eval_data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--eval_data", "dev.jsonl", "--metric_for_best_model", "accuracy"], "accuracy is not one of MRR@1"),
+        (["--eval_data", "dev.jsonl", "--eval_steps", "0"], "--eval_steps is 0"),
+    ],
+)
+def test_mistakes_are_told_before_a_model_is_loaded(
+    tmp_path: Path,
+    start: Start,
+    dev: str,
+    flags: list[str],
+    told: str,
+) -> None:
+    assert told in start("out", *flags, model="org/never-loaded").ends(2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", ["fsdp2", "zero1", "zero3"])
+def test_sharded_training_is_measured(
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    start: Start,
+    dev: str,
+    config: str,
+) -> None:
+    """As much as one process measures of the same run, without dropout; an odd set gives unequal shares."""
+    if config != "fsdp2":
+        pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
+    model = build_tiny_model(tmp_path_factory.mktemp("models") / "steady", dropout=0.0)
+    write_rows(tmp_path / "odd.jsonl", 7, seed=3)
+    more = ("--max_steps", 6, "--save_steps", 100, "--negatives_cross_device", "--adam_epsilon", 0.01)
+    more = (*more, "--eval_data", dev, tmp_path / "odd.jsonl", "--eval_steps", 3, "--load_best_model_at_end")
+    env = {**launched_by(config, tmp_path), "DS_ACCELERATOR": "cpu"}
+    start("sharded", *more, model=model, processes=2, through=(ON_CPU,), env=env).ends(timeout=400)
+    start("plain", *more, model=model).ends()
+    ours, theirs = measured(tmp_path / "sharded"), measured(tmp_path / "plain")
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [3, 6]
+    for one, other in zip(ours, theirs, strict=True):
+        for name in ("dev", "odd"):  # rounding may make two passages change places
+            assert one["eval"][name]["nDCG@100"] == pytest.approx(other["eval"][name]["nDCG@100"], abs=0.03)
+    assert (tmp_path / "sharded" / "model.safetensors").exists() and not (tmp_path / "sharded" / "best").exists()
