@@ -29,6 +29,8 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
@@ -53,7 +55,7 @@ from bge_accel.evaluation import (
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.evaluation_sources import is_hub_name
-from bge_accel.jobs import Processes, atomic_file, check_output, gather, warn
+from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, warn
 from bge_accel.reading import Faults, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
@@ -255,7 +257,7 @@ def main(cfg: Config) -> None:
     # ---- measure
     paths, encoders = cfg.compare or [], cfg.encoder or []
     names, systems = system_names([*paths, *encoders]), []
-    with user_errors():
+    with errors_of_any(processes):
         for path, name in zip(paths, names, strict=False):
             evaluation = evaluate_run(runs[path], data, k=cfg.k, cutoffs=cfg.cutoffs, name=path)
             absent = sum(query not in runs[path] for query in data.queries.ids)
@@ -271,6 +273,18 @@ def main(cfg: Config) -> None:
         with user_errors():
             report(cfg, data, systems)
     processes.wait()
+
+
+@contextmanager
+def errors_of_any(processes: Processes) -> Iterator[None]:
+    """`user_errors` where any process may be the only one at fault, by the passages of its share: the first one speaks."""
+    try:
+        yield
+    except ValueError as error:
+        with suppress(RuntimeError):  # whoever holds the counter has spoken, and gone
+            if SharedCounters("evaluate_retrieval", processes.world > 1).add("errors", 1) == 1:
+                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:

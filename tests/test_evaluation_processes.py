@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, build_tiny_model
 from warm_start import Job, end_all
 
 from bge_accel.evaluation import _recall_over_processes
@@ -109,6 +109,25 @@ def test_its_recall_is_that_of_one_process():
     expected = index_recall(index, corpus_emb, q_emb, [1, 10, 100])
     assert _recall_over_processes(index, corpus_emb, q_emb, [1, 10, 100], 0) == pytest.approx(expected)
     assert 0.2 < expected["recall@100"] < 1
+
+
+def test_a_fault_in_one_share_is_told(tmp_path, beir):
+    """A model that overflows on one passage, which only the second process meets."""
+    import torch
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = build_tiny_model(tmp_path / "model")
+    model, tokenizer = AutoModel.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight[tokenizer.convert_tokens_to_ids("#")] = torch.nan
+    model.save_pretrained(folder)
+    with open(beir / "corpus.jsonl", "a") as file:
+        file.write('{"_id": "bad", "text": "# story"}\n')
+    args = ["--encoder", folder, "--corpus_data", "beir", "--k", 5, "--output_file", "no.json"]
+    job = Job(*args, cwd=tmp_path, script=SCRIPT, processes=2)
+    job.wait_until(lambda: not all(process.is_alive() for process in job.processes))
+    assert job.text.count("(counted from 0) is not finite") == 1 and "Traceback" not in job.text
+    assert job.processes[1].exitcode == 2 and not (tmp_path / "no.json").exists()
 
 
 def test_one_command_starts_them(run_script, tmp_path, tiny_model, beir):
