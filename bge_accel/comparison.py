@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.evaluation import Evaluation
+from bge_accel.evaluation import TEXT_KEPT, Evaluation
 from bge_accel.evaluation_data import EvaluationData
 from bge_accel.reading import shorten
 from bge_accel.report import text_table
@@ -112,7 +112,7 @@ def most_moved(
 
     Each is a row with "query", "id", "base" and "other" (its metric), "positive" (a relevant text, None where the corpus
     has none), and of either system "base_rank" (of the first relevant passage, None if not found), "base_first" (the text
-    it ranks first) and "base_first_is_relevant".
+    it ranks first) and "base_first_is_relevant"; of passages `TEXT_KEPT` characters.
     """
     change = other.per_query[metric] - base.per_query[metric]
     order = np.argsort(-change, kind="stable")
@@ -132,7 +132,7 @@ def _moved_row(data: EvaluationData, base: Evaluation, other: Evaluation, metric
     row: dict[str, Any] = {
         "id": data.queries.ids[query],
         "query": data.queries.texts[query],
-        "positive": data.corpus.texts[positives[0]] if len(positives) else None,
+        "positive": data.corpus.texts[positives[0]][:TEXT_KEPT] if len(positives) else None,
     }
     for name, system in (("base", base), ("other", other)):
         relevant = np.flatnonzero(system.gains[query] > 0)
@@ -140,7 +140,7 @@ def _moved_row(data: EvaluationData, base: Evaluation, other: Evaluation, metric
         row |= {
             name: float(system.per_query[metric][query]),
             f"{name}_rank": int(relevant[0]) + 1 if len(relevant) else None,
-            f"{name}_first": data.corpus.texts[first] if first >= 0 else None,
+            f"{name}_first": data.corpus.texts[first][:TEXT_KEPT] if first >= 0 else None,
             f"{name}_first_is_relevant": bool(len(relevant) and relevant[0] == 0),
         }
     return row

@@ -16,6 +16,7 @@ from bge_accel.search import build_index, check_index_factory, index_recall, sea
 from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store, writing
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
+TEXT_KEPT = 500  # characters of a text in samples
 
 
 class Evaluation(NamedTuple):
@@ -324,7 +325,7 @@ def sample_rankings(
 ) -> list[dict[str, Any]]:
     """The first passages of queries that are spread evenly over the data.
 
-    Each is {"id", "query", "passages": [{"text", "score", "is_relevant"}, ...]}.
+    Each is {"id", "query", "passages": [{"text", "score", "is_relevant"}, ...]}, of a text `TEXT_KEPT` characters.
     """
     total = len(data.queries.texts)
     return [
@@ -333,7 +334,7 @@ def sample_rankings(
             "query": data.queries.texts[query],
             "passages": [
                 {
-                    "text": data.corpus.texts[row],
+                    "text": data.corpus.texts[row][:TEXT_KEPT],
                     "score": round(float(evaluation.scores[query, rank]), 6),
                     "is_relevant": bool(evaluation.gains[query, rank] > 0),
                 }

@@ -99,83 +99,65 @@ def _systems(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _add_result(page: Page, result: Mapping[str, Any]) -> None:
-    systems = _systems(result)
-    base = result.get("base", next(iter(systems)))
-    for comparison in result.get("comparisons", {}).values():
+    systems, comparisons = _systems(result), result.get("comparisons", {})
+    for comparison in comparisons.values():
         page.text(comparison["verdict"], "lead")
-    for name, comparison in result.get("comparisons", {}).items():
-        if len(result["comparisons"]) > 1:
-            page.heading(f"{name} against {base}")
-        differences = {
-            metric: Difference(**{field: values[field] for field in Difference._fields})
-            for metric, values in comparison["metrics"].items()
-        }
-        chosen = differences[result["compare_metric"]]
-        page.tiles(
-            [
-                (f"{chosen.base:.4f}", f"{result['compare_metric']} of {base}"),
-                (f"{chosen.other:.4f}", f"{result['compare_metric']} of {name}"),
-                (f"{chosen.mean:+.4f}", f"difference, {chosen.low:+.4f} to {chosen.high:+.4f}"),
-                (f"{chosen.better:,} / {chosen.worse:,} / {chosen.equal:,}", "queries better / worse / equal"),
-            ]
-        )
-        shown = _main_metrics(list(differences), result["compare_metric"])
-        page.draw(
-            [
-                Intervals(
-                    f"Difference to {base}, 95 % intervals",
-                    f"{name} − {base}",
-                    [(metric, differences[metric].mean, *differences[metric][2:4]) for metric in shown],
-                ),
-                *_cutoff_figures({of: systems[of] for of in (base, name)})[:1],
-            ]
-        )
-        head = ["", base, name, "difference", "95 % interval", "p", "queries better", "worse", "equal"]
-        cells = {
-            metric: [metric, f"{found.base:.4f}", f"{found.other:.4f}", *difference_cells(found)]
-            for metric, found in differences.items()
-        }
-        page.table(head, [cells[metric] for metric in shown], signed=3)
-        page.table(head, list(cells.values()), signed=3, folded="All metrics")
-        for what in ("gained", "lost"):
-            page.heading(f"Queries that {what} most by {result['compare_metric']}: {len(comparison[what])} shown", 3)
-            page.cards([_moved_card(row, base, name) for row in comparison[what]])
-    if not result.get("comparisons"):
+    for name in comparisons:
+        if len(comparisons) > 1:
+            page.heading(f"{name} against {result['base']}")
+        _add_comparison(page, result, name)
+    if not comparisons:
         for system in systems.values():
             names = list(dict.fromkeys(metric.partition("@")[0] for metric in system["metrics"]))
             cutoffs = sorted({int(metric.partition("@")[2]) for metric in system["metrics"]})
             rows = [[of, *(f"{system['metrics'][f'{of}@{cutoff}']:.4f}" for cutoff in cutoffs)] for of in names]
             page.table(["", *(f"@{cutoff}" for cutoff in cutoffs)], rows)
-        page.heading("Figures")
         page.draw(_cutoff_figures(systems))
-    histograms = [
-        Histogram(
-            f"Scores: {name}",
-            "similarity",
-            of["score_histogram"]["edges"],
-            [(f"{kind} ({sum(of['score_histogram'][key]):,})", of["score_histogram"][key])
-             for kind, key in (("positives", "positives"), ("others retrieved", "negatives"))],
-        )
-        for name, of in systems.items() if sum(of["score_histogram"]["positives"])
-    ]  # fmt: skip
-    if histograms:
+    if histograms := _score_figures(systems):
         page.heading("Scores of positives, and of what else was retrieved")
         page.draw(histograms)
     for name, system in systems.items():
         page.heading(f"Samples: {name}")
-        page.cards(
-            [
-                (
-                    sample["query"],
-                    "",
-                    [
-                        (f"{rank}: {passage['score']:.4f}", passage["text"], passage["is_relevant"])
-                        for rank, passage in enumerate(sample["passages"], start=1)
-                    ],
-                )
-                for sample in system["samples"]
-            ]
-        )
+        page.cards([_sample_card(sample) for sample in system["samples"]])
+
+
+def _add_comparison(page: Page, result: Mapping[str, Any], name: str) -> None:
+    base, metric, comparison = result["base"], result["compare_metric"], result["comparisons"][name]
+    differences = {
+        of: Difference(**{field: values[field] for field in Difference._fields})
+        for of, values in comparison["metrics"].items()
+    }
+    chosen = differences[metric]
+    page.tiles(
+        [
+            (f"{chosen.base:.4f}", f"{metric} of {base}"),
+            (f"{chosen.other:.4f}", f"{metric} of {name}"),
+            (f"{chosen.mean:+.4f}", f"difference, {chosen.low:+.4f} to {chosen.high:+.4f}"),
+            (f"{chosen.better:,} / {chosen.worse:,} / {chosen.equal:,}", "queries better / worse / equal"),
+        ]
+    )
+    shown = _main_metrics(list(differences), metric)
+    intervals = [(of, differences[of].mean, differences[of].low, differences[of].high) for of in shown]
+    curves = _cutoff_figures({of: result["systems"][of] for of in (base, name)})[:1]
+    page.draw([Intervals(f"Difference to {base}, 95 % intervals", f"{name} − {base}", intervals), *curves])
+    head = ["", base, name, "difference", "95 % interval", "p", "queries better", "worse", "equal"]
+    rows = {
+        of: [of, f"{found.base:.4f}", f"{found.other:.4f}", *difference_cells(found)]
+        for of, found in differences.items()
+    }
+    page.table(head, [rows[of] for of in shown], signed=3)
+    page.table(head, list(rows.values()), signed=3, folded="All metrics")
+    for what in ("gained", "lost"):
+        page.heading(f"Queries that {what} most by {metric}: {len(comparison[what])} shown", 3)
+        page.cards([_moved_card(row, base, name) for row in comparison[what]])
+
+
+def _sample_card(sample: Mapping[str, Any]) -> tuple[str, str, list[tuple[str, str, bool]]]:
+    texts = [
+        (f"{rank}: {passage['score']:.4f}", passage["text"], passage["is_relevant"])
+        for rank, passage in enumerate(sample["passages"], start=1)
+    ]
+    return sample["query"], "", texts
 
 
 def _moved_card(row: Mapping[str, Any], base: str, other: str) -> tuple[str, str, list[tuple[str, str, bool]]]:
@@ -207,6 +189,20 @@ def _cutoff_figures(systems: Mapping[str, Any]) -> list[Figure]:
             lines.append(Line(name, [cutoff for cutoff, _ in at], [value for _, value in at]))
         if lines and len(lines[0].x) > 1:
             figures.append(LineChart(f"{metric} by cut-off", "passages looked at", f"{metric}@k", lines, log_x=True))
+    return figures
+
+
+def _score_figures(systems: Mapping[str, Any]) -> list[Figure]:
+    """The distributions of scores of each system that has any of positives."""
+    figures: list[Figure] = []
+    for name, system in systems.items():
+        found = system["score_histogram"]
+        counts = [
+            (f"{what} ({sum(found[key]):,})", found[key])
+            for what, key in (("positives", "positives"), ("others retrieved", "negatives"))
+        ]
+        if sum(found["positives"]):
+            figures.append(Histogram(f"Scores: {name}", "similarity", found["edges"], counts))
     return figures
 
 

@@ -112,7 +112,8 @@ def files(tmp_path):
         }  # fmt: skip
         rows.append(row)
         if step % 10 == 0:
-            rows.append({"step": step, "eval/dev/nDCG@10": step / 100, "eval/dev/Recall@100": step / 50})
+            measured = {"nDCG@1": 0.1, "nDCG@10": step / 100, "Recall@100": step / 50}
+            rows.append({"step": step, "eval": {"dev": measured}, "eval_seconds": 1.5})
     (run / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.jsonl").write_text('{"query": "a training query", "pos": ["its passage"], "neg": ["another"]}\n')
     config = {"model_name_or_path": "BAAI/bge-small-en-v1.5", "train_data": ["rows.jsonl"], "learning_rate": 3e-4}
