@@ -46,9 +46,10 @@ def locate(
         return on_hub
     queries = [f"{MSMARCO_QUERIES}::{split or MSMARCO_SPLIT}"]
     if query_data is None and corpus_data is not None and list(corpus_data) != [MSMARCO_CORPUS]:
+        absent = "".join(f"; {path} is not here" for path in corpus_data if not os.path.exists(path))
         raise ValueError(
             f"{' '.join(corpus_data)} is searched, but there are no queries: name them with --query_data, or a folder in "
-            "BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) with --corpus_data alone"
+            f"BEIR's layout (corpus.jsonl, queries.jsonl, qrels/test.tsv) with --corpus_data alone{absent}"
         )
     if query_data is not None:
         bare = [name for name in query_data if is_hub_name(name) and ":" not in name]

@@ -65,7 +65,7 @@ def test_ms_marco_is_the_default():
     assert locate(None, ["namespace-Pt/msmarco"], None) == default
     assert locate(None, ["some/queries"], None, "validation").queries == ["some/queries::validation"]
     assert locate(["namespace-Pt/msmarco-corpus"], None, None) == default
-    with pytest.raises(ValueError, match=r"c.jsonl is searched, but there are no queries: name them with --query_data"):
+    with pytest.raises(ValueError, match=r"c.jsonl is searched, but there are no queries: .*; c.jsonl is not here"):
         locate(["c.jsonl"], None, None)
     assert locate(["c.jsonl"], ["some/queries:en:test"], None).queries == ["some/queries:en:test"]
 
