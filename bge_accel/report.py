@@ -15,7 +15,7 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
     names = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
     cutoffs = sorted({int(name.partition("@")[2]) for name in metrics})
     rows = [[name, *(_number(metrics.get(f"{name}@{cutoff}")) for cutoff in cutoffs)] for name in names]
-    return _table([["", *(f"@{cutoff}" for cutoff in cutoffs)], *rows])
+    return text_table([["", *(f"@{cutoff}" for cutoff in cutoffs)], *rows])
 
 
 def comparison_table(base: Mapping[str, float], tuned: Mapping[str, float]) -> str:
@@ -25,7 +25,7 @@ def comparison_table(base: Mapping[str, float], tuned: Mapping[str, float]) -> s
         both = name in base and name in tuned
         difference = f"{tuned[name] - base[name]:+.4f}" if both else "-"
         rows.append([name, _number(base.get(name)), _number(tuned.get(name)), difference])
-    return _table([["", "base", "tuned", "difference"], *rows])
+    return text_table([["", "base", "tuned", "difference"], *rows])
 
 
 def moved_into_top(
@@ -65,7 +65,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

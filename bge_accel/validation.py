@@ -6,15 +6,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.evaluation import (
-    Corpus,
-    EvaluationData,
-    Judgements,
-    Queries,
-    choose_cutoffs,
-    evaluate_embeddings,
-    read_evaluation_data,
-)
+from bge_accel.evaluation import choose_cutoffs, evaluate_embeddings
+from bge_accel.evaluation_data import Corpus, EvaluationData, Judgements, Queries, read_evaluation_data
 from bge_accel.reading import text_id
 from bge_accel.rows import TrainingRows
 

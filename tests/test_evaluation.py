@@ -13,10 +13,8 @@ from bge_accel.evaluation import (
     evaluate_embeddings,
     evaluate_retrieval,
     ranking_rows,
-    read_corpus,
-    read_evaluation_data,
-    read_qrels,
 )
+from bge_accel.evaluation_data import read_corpus, read_evaluation_data, read_qrels
 from bge_accel.reading import Faults
 from bge_accel.report import comparison_table, metrics_table, moved_into_top
 
