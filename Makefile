@@ -1,7 +1,7 @@
-# make demo            the main job on real input: evaluate, fine-tune, evaluate (under 10 minutes on two cores)
+# make demo            the main job on real input: evaluate, mine, fine-tune, merge (under 10 minutes on two cores)
 # make demo MODEL=...  the same with another encoder: a folder or a name on the hub
 # make test            every test but the long proofs; make test-slow runs those
-# make demo-compare    the demonstration with three seeds
+# make demo-compare    the demonstration with three seeds, beside in-batch negatives alone and on a second, general task
 # make lint            ruff and mypy
 
 PYTHON ?= python3
@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/python scripts/demo.py $(if $(MODEL),--model_name_or_path "$(MODEL)")
 
 demo-compare: install
-	$(BIN)/python scripts/demo.py --seeds 1 2 3 --output_dir outputs/demo-compare $(if $(MODEL),--model_name_or_path "$(MODEL)")
+	$(BIN)/python scripts/demo.py --compare --seeds 1 2 3 --output_dir outputs/demo-compare $(if $(MODEL),--model_name_or_path "$(MODEL)")
 
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal

@@ -5,11 +5,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `--help` and light imports stay fast.
-_HOMES = {"EmbeddingModel": "encoding", "FlagModel": "encoding"}
-__all__ = ["EmbeddingModel", "FlagModel", "__version__"]
+_HOMES = {
+    "EmbeddingModel": "encoding",
+    "FlagModel": "encoding",
+    "mix_models": "merging",
+    "mix_models_by_layers": "merging",
+    "mix_models_with_data": "merge_weights",
+}
+__all__ = [
+    "EmbeddingModel",
+    "FlagModel",
+    "__version__",
+    "mix_models",
+    "mix_models_by_layers",
+    "mix_models_with_data",
+]
 
 if TYPE_CHECKING:
     from bge_accel.encoding import EmbeddingModel, FlagModel
+    from bge_accel.merge_weights import mix_models_with_data
+    from bge_accel.merging import mix_models, mix_models_by_layers
 
 
 def __getattr__(name: str) -> Any:

@@ -1,55 +1,22 @@
-"""A corpus, queries and judgements from files, and how well a model retrieves the one for the other."""
+"""How well a model, or the run of any system, retrieves passages for judged queries."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.metrics import retrieval_metrics, trec_order
-from bge_accel.reading import Faults, find_files, open_binary, read_rows, shorten
-from bge_accel.search import build_index, check_index_factory, index_recall, search
+from bge_accel.evaluation_data import EvaluationData, Judgements
+from bge_accel.evaluation_data import read_evaluation_data as read_evaluation_data
+from bge_accel.jobs import from_first, gather, rank_and_world, share_of
+from bge_accel.metrics import per_query_metrics, trec_order
+from bge_accel.reading import shorten
+from bge_accel.search import build_index, check_index_factory, index_recall, search, search_over_processes
+from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store, writing
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
-
-
-class Corpus(NamedTuple):
-    """Passages, in the order of the files."""
-
-    ids: list[str]
-    texts: list[str]
-    """What is encoded: the title, where there is one, and the text."""
-    bodies: list[str]
-    """The text without the title, as "positive" names it."""
-
-
-class Queries(NamedTuple):
-    """Queries, in the order of the files."""
-
-    ids: list[str]
-    texts: list[str]
-    positives: list[list[str]]
-    """Texts of passages that answer each; empty where judgements come from a file of their own."""
-
-
-class Judgements(NamedTuple):
-    """One entry a judged pair, each an int64 array (judgements,)."""
-
-    query: np.ndarray
-    row: np.ndarray
-    """The passage's row in the corpus; -1 where the corpus does not hold it."""
-    grade: np.ndarray
-
-
-class EvaluationData(NamedTuple):
-    """What `evaluate_retrieval` measures on."""
-
-    corpus: Corpus
-    queries: Queries
-    """Those with at least one judgement; the others would only cost time."""
-    judgements: Judgements
-    counts: dict[str, int]
-    warnings: list[str]
+TEXT_KEPT = 500  # characters of a text in samples
 
 
 class Evaluation(NamedTuple):
@@ -62,165 +29,13 @@ class Evaluation(NamedTuple):
     """(queries, k) rows of the corpus; -1 where an approximate index found fewer."""
     gains: np.ndarray
     """(queries, k) grade of each passage, 0 where it is not judged."""
+    per_query: dict[str, np.ndarray]
+    """Each metric of every query (queries,); `metrics` are their means."""
+    positive_scores: np.ndarray
+    """(positives in the corpus,) similarity of each to its query, found or not; of a run those that it lists."""
     seconds: dict[str, float]
     index_recall: dict[str, float] | None = None
     """What an approximate index finds of the exact result, from `index_recall`; None for an exact one."""
-
-
-def read_evaluation_data(
-    corpus_data: Sequence[str], query_data: Sequence[str], qrels: str | None = None
-) -> EvaluationData:
-    """Reads and checks everything that an evaluation needs.
-
-    With `qrels`, ids connect queries and passages, and "positive" is ignored. Without, every corpus row whose text
-    equals one of a query's "positive" is relevant, duplicates included. A positive that the corpus does not hold stays
-    one that cannot be found: it counts in Recall, MAP and nDCG, and is reported.
-
-    Raises:
-        ValueError: anything is wrong with any row of any file, the first ten faults with file and line; or no judgement
-            connects a query with a passage of the corpus.
-    """
-    faults = Faults()
-    corpus = read_corpus(corpus_data, faults)
-    queries = read_queries(query_data, faults, need_positives=qrels is None)
-    grades = read_qrels(qrels, faults) if qrels is not None else {}
-    faults.raise_if_any()
-
-    counts = {"corpus": len(corpus.ids), "queries": len(queries.ids)}
-    warnings = []
-    if qrels is None:
-        judgements, missing = _match_texts(queries, corpus)
-    else:
-        judgements, missing = _match_ids(queries, corpus, grades)
-        known = set(queries.ids)
-        unknown = [query_id for query_id in grades if query_id not in known]
-        counts["unknown_queries"] = len(unknown)
-        if unknown:
-            warnings.append(
-                f"{qrels} judges {len(unknown)} of {len(grades)} queries that are not in the query files, "
-                f"for example {shorten(unknown[0])}; they are left out"
-            )
-    if not (judgements.row >= 0).any():
-        raise ValueError(_nothing_matches(queries, corpus, grades))
-    judged = np.unique(judgements.query)
-    is_missing = judgements.row < 0
-    counts |= {
-        "judged_queries": len(judged),
-        "unjudged_queries": len(queries.ids) - len(judged),
-        "judgements": len(judgements.grade),
-        "positives": int((judgements.grade > 0).sum()),
-        "missing_positives": int((is_missing & (judgements.grade > 0)).sum()),
-    }
-    if missing is not None:
-        warnings.append(
-            f"{int(is_missing.sum())} of {len(is_missing)} judged passages are not in the corpus, for example "
-            f"{shorten(missing)}; {counts['missing_positives']} of them are positives, which count as not found"
-        )
-    return EvaluationData(
-        corpus,
-        Queries(
-            ids=[queries.ids[i] for i in judged],
-            texts=[queries.texts[i] for i in judged],
-            positives=[queries.positives[i] for i in judged],
-        ),
-        judgements._replace(query=np.searchsorted(judged, judgements.query)),
-        counts,
-        warnings,
-    )
-
-
-def read_corpus(paths: Sequence[str], faults: Faults) -> Corpus:
-    """Reads rows `{"content" or "text"}`, with optional "id" (or "_id") and "title".
-
-    A title that is not empty is put before the text with one space between, as BEIR does. A row without an id gets its
-    number, counted from 0 over all files.
-    """
-    corpus = Corpus([], [], [])
-    seen: set[str] = set()
-    for where, row, text, body in corpus_rows(paths, faults):
-        corpus.ids.append(_id(row, len(corpus.ids), seen, where, faults))
-        corpus.texts.append(text)
-        corpus.bodies.append(body)
-    return corpus
-
-
-def corpus_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dict[str, Any], str, str]]:
-    """Yields (place, row, text with its title, text) of each passage, holding one at a time; ids are not looked at."""
-    for path in find_files(paths, faults):
-        for where, _, row in read_rows(path, faults):
-            title = row.get("title")
-            if title is not None and not isinstance(title, str):
-                faults.add(where, f'"title" is {shorten(title)}: it has to be a string')
-                title = None
-            title = title if title and title.strip() else ""
-            body = _text(row, ("content", "text"), where, faults, may_be_empty=bool(title))
-            yield where, row, f"{title} {body}" if title and body.strip() else title or body, body
-
-
-def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) -> Queries:
-    """Reads rows `{"query" or "text"}`, with optional "id" (or "_id") and "positive": [text, ...].
-
-    A row without an id gets its number, counted from 0 over all files. An empty list of positives makes an unjudged
-    query.
-    """
-    queries = Queries([], [], [])
-    seen: set[str] = set()
-    for where, row, query in query_rows(paths, faults):
-        queries.texts.append(query)
-        queries.ids.append(_id(row, len(queries.ids), seen, where, faults))
-        positives = row.get("positive") if need_positives else []
-        if positives is None:
-            faults.add(where, '"positive" is missing: list the texts that answer the query, or give --qrels')
-        elif not isinstance(positives, list):
-            faults.add(where, f'"positive" is {shorten(positives)}: it has to be a list of strings, like ["..."]')
-        elif wrong := [text for text in positives if not isinstance(text, str) or not text.strip()]:
-            faults.add(where, f'"positive" holds {shorten(wrong[0])}: every item has to be a text')
-        else:
-            queries.positives.append(positives)
-    return queries
-
-
-def query_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """Yields (place, row, text) of each query, holding one at a time; ids and positives are not looked at."""
-    for path in find_files(paths, faults):
-        for where, _, row in read_rows(path, faults):
-            yield where, row, _text(row, ("query", "text"), where, faults)
-
-
-def read_qrels(path: str, faults: Faults) -> dict[str, dict[str, int]]:
-    """Reads judgements, `{query id: {corpus id: grade}}`, from a plain, `.gz` or `.zst` file.
-
-    Lines are `query-id  corpus-id  score` (BEIR, a header is optional) or `query-id  0  corpus-id  grade` (TREC),
-    separated by tabs, or by spaces where there is no tab. A grade of 1 or more is relevant.
-    """
-    grades: dict[str, dict[str, int]] = {}
-    try:
-        with open_binary(path) as file:
-            lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        faults.add(path, f"cannot be read: {error}")
-        return grades
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    for position, (number, line) in enumerate(filled):
-        where = f"{path}:{number}"
-        fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
-        if position == 0 and fields[-1].lower() in ("score", "grade", "relevance", "rel", "label"):
-            continue
-        if len(fields) not in (3, 4):
-            faults.add(where, f"{shorten(line)}: expected query-id, corpus-id, score, separated by tabs")
-            continue
-        query_id, corpus_id, grade_text = fields[0], fields[-2], fields[-1]
-        try:
-            grade = int(grade_text.removesuffix(".0"))
-        except ValueError:
-            faults.add(where, f"the score is {shorten(grade_text)}: it has to be a whole number")
-            continue
-        known = grades.setdefault(query_id, {}).setdefault(corpus_id, grade)
-        if known != grade:
-            faults.add(where, f"query {query_id} and passage {corpus_id} were judged {known} before, and {grade} here")
-    if not grades and not faults.count:
-        faults.add(path, "the file holds no judgements")
-    return grades
 
 
 def choose_cutoffs(k: int, cutoffs: Sequence[int] | None = None) -> list[int]:
@@ -246,12 +61,14 @@ def evaluate_retrieval(
     k: int = 100,
     cutoffs: Sequence[int] | None = None,
     index_factory: str = "Flat",
+    use_gpu: bool = False,
     batch_size: int | None = None,
     max_query_length: int | None = None,
     max_passage_length: int | None = None,
     save_path: str | None = None,
     load_embedding: bool = False,
     show_progress: bool = False,
+    shared: bool = False,
 ) -> Evaluation:
     """Encodes queries and corpus with `model`, searches, and measures.
 
@@ -259,28 +76,53 @@ def evaluate_retrieval(
         model: `EmbeddingModel`, or anything with its `encode_queries` and `encode_corpus`.
         k: passages retrieved for each query.
         cutoffs: see `choose_cutoffs`.
-        index_factory: FAISS index string, see `build_index`.
+        index_factory: FAISS index string, see `build_index`. In several processes each has an index of its own part.
+        use_gpu: search on a GPU ("Flat"), or on all that FAISS sees, see `build_index`.
         max_query_length, max_passage_length: in tokens; by default the model's own.
         save_path: folder of an embedding store that the corpus is encoded into (needs an `EmbeddingModel`).
         load_embedding: take the corpus from the store at `save_path`, and encode nothing of it.
+        shared: every process of an initialised `torch.distributed` calls this with the same data; each encodes and
+            searches its share, and each gets the whole result. How many texts a process encodes differs, so this is not
+            for models that are themselves spread over processes.
 
     Raises:
         ValueError: see `choose_cutoffs`, `build_index`, `search`; the store holds something else, or is not complete.
     """
     choose_cutoffs(k, cutoffs)
-    common = {"batch_size": batch_size, "show_progress": show_progress}
+    rank, world = rank_and_world() if shared else (0, 1)
+    first, stop = share_of(len(data.corpus.texts), rank, world)
+    common = {"batch_size": batch_size, "show_progress": show_progress and rank == 0}
     started = time.perf_counter()
-    q_emb = model.encode_queries(data.queries.texts, max_length=max_query_length, **common)
+    own_queries = data.queries.texts[slice(*share_of(len(data.queries.texts), rank, world))]
+    q_emb = model.encode_queries(own_queries, max_length=max_query_length, **common)
+    if world > 1:
+        q_emb = np.concatenate(gather(q_emb))
     queries_done = time.perf_counter()
     check_index_factory(index_factory, q_emb.shape[1])  # before the hours that a corpus can take
     if save_path is None:
-        corpus_emb = model.encode_corpus(data.corpus.texts, max_length=max_passage_length, **common)
-    elif load_embedding:
-        corpus_emb = model.open_corpus(save_path, data.corpus.texts, max_length=max_passage_length)
+        corpus_emb = model.encode_corpus(data.corpus.texts[first:stop], max_length=max_passage_length, **common)
     else:
-        corpus_emb = model.save_corpus(save_path, data.corpus.texts, max_length=max_passage_length, **common)
+        if load_embedding:
+            corpus_emb = model.open_corpus(save_path, data.corpus.texts, max_length=max_passage_length)
+        elif world == 1:
+            corpus_emb = model.save_corpus(save_path, data.corpus.texts, max_length=max_passage_length, **common)
+        else:
+            corpus_emb = _save_together(model, save_path, data.corpus.texts, max_passage_length, batch_size)
+        if world > 1:
+            corpus_emb = StorePart(corpus_emb, first, stop)
+    if world > 1:
+        gather(None)  # a process that is done first does not count its waiting as search
     corpus_done = time.perf_counter()
-    evaluation = evaluate_embeddings(q_emb, corpus_emb, data, k=k, cutoffs=cutoffs, index_factory=index_factory)
+    evaluation = evaluate_embeddings(
+        q_emb,
+        corpus_emb,
+        data,
+        k=k,
+        cutoffs=cutoffs,
+        index_factory=index_factory,
+        use_gpu=use_gpu,
+        first_row=first if world > 1 else None,
+    )
     encoding = {"encode_queries": queries_done - started, "encode_corpus": corpus_done - queries_done}
     return evaluation._replace(seconds=encoding | evaluation.seconds)
 
@@ -293,21 +135,33 @@ def evaluate_embeddings(
     k: int = 100,
     cutoffs: Sequence[int] | None = None,
     index_factory: str = "Flat",
+    use_gpu: bool = False,
+    first_row: int | None = None,
 ) -> Evaluation:
     """`evaluate_retrieval` on embeddings of `data.queries.texts` and `data.corpus.texts`, both (n, dim).
 
-    The corpus may be a mapped file or an `EmbeddingStore`, too.
+    Args:
+        corpus_emb: an array, a mapped file or an `EmbeddingStore`.
+        first_row: where every process holds a part of the corpus, the number of this part's first passage.
     """
     cutoffs = choose_cutoffs(k, cutoffs)
-    if len(q_emb) != len(data.queries.texts) or len(corpus_emb) != len(data.corpus.texts):
+    is_whole = first_row is None
+    if len(q_emb) != len(data.queries.texts) or (is_whole and len(corpus_emb) != len(data.corpus.texts)):
         raise ValueError(
             f"{len(q_emb)} query and {len(corpus_emb)} passage embeddings do not belong to "
             f"{len(data.queries.texts)} queries and {len(data.corpus.texts)} passages"
         )
     started = time.perf_counter()
-    index = build_index(corpus_emb, index_factory)
+    index = None
+    if use_gpu and index_factory == "Flat":  # by PyTorch, which is exact: FAISS rounds to float16 on GPUs
+        index = corpus_emb if len(corpus_emb) else None
+    elif is_whole or len(corpus_emb):
+        index = build_index(corpus_emb, index_factory, use_gpu=use_gpu)
     built = time.perf_counter()
-    scores, indices = search(index, q_emb, k)
+    if first_row is None:
+        scores, indices = search(index, q_emb, k)
+    else:
+        scores, indices = search_over_processes(index, q_emb, k, first_row)
     searched = time.perf_counter()
 
     retrieved, inverse = np.unique(indices, return_inverse=True)
@@ -317,14 +171,94 @@ def evaluate_embeddings(
     order = trec_order(scores, id_ranks[inverse].reshape(indices.shape))
     scores, indices = np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
-    gains = _gains(indices, data.judgements, len(corpus_emb))
-    metrics = retrieval_metrics(gains, _positive_grades(data.judgements, len(q_emb)), cutoffs)
+    positive_scores = _positive_scores(q_emb, corpus_emb, data.judgements, first_row or 0)
+    if not is_whole:
+        positive_scores = np.concatenate(gather(positive_scores))
+    evaluation = _measure(scores, indices, data, cutoffs, positive_scores)
     seconds = {"build_index": built - started, "search": searched - built}
     recall = None
     if index_factory != "Flat":
-        recall = index_recall(index, corpus_emb, q_emb, cutoffs)
-        seconds["index_recall"] = time.perf_counter() - searched
-    return Evaluation(metrics, scores, indices, gains, seconds, recall)
+        began = time.perf_counter()
+        if first_row is None:
+            recall = index_recall(index, corpus_emb, q_emb, cutoffs)
+        else:
+            recall = _recall_over_processes(index, corpus_emb, q_emb, cutoffs, first_row)
+        seconds["index_recall"] = time.perf_counter() - began
+    return evaluation._replace(seconds=seconds, index_recall=recall)
+
+
+def evaluate_run(
+    rankings: Mapping[str, Mapping[str, float]],
+    data: EvaluationData,
+    *,
+    k: int = 100,
+    cutoffs: Sequence[int] | None = None,
+    name: str = "the run",
+) -> Evaluation:
+    """Measures what any system has retrieved.
+
+    Read as trec_eval reads it: by score in float32, equal scores by passage id descending; ranks are not looked at. A
+    judged query without a ranking scores 0, as with trec_eval's -c.
+
+    Args:
+        rankings: {query id: {passage id: score}}, from `trec.read_run`; what is beyond k is not looked at.
+        name: of the run, for errors.
+
+    Raises:
+        ValueError: a passage is not in the corpus, or no judged query has a ranking; see `choose_cutoffs`, too.
+    """
+    cutoffs = choose_cutoffs(k, cutoffs)
+    rows = {passage: row for row, passage in enumerate(data.corpus.ids)}
+    found = [rankings.get(query, {}) for query in data.queries.ids]
+    if not any(found):
+        raise ValueError(
+            f"{name} ranks none of the judged queries: it has, for example, {shorten(next(iter(rankings), None))}, and "
+            f"the judgements {shorten(data.queries.ids[0])}"
+        )
+    width = min(k, max(map(len, found)))
+    scores = np.full((len(found), width), -np.inf, dtype=np.float32)
+    indices = np.full((len(found), width), -1, dtype=np.int64)
+    for query, ranking in enumerate(found):
+        passages = sorted(ranking, reverse=True)
+        values = np.array([ranking[passage] for passage in passages], dtype=np.float32)
+        for rank, place in enumerate(np.argsort(-values, kind="stable")[:width]):
+            row = rows.get(passages[place])
+            if row is None:
+                raise ValueError(
+                    f"{name}: passage {shorten(passages[place])} of query {shorten(data.queries.ids[query])} is not in "
+                    f"the corpus, which has, for example, {shorten(data.corpus.ids[0])}; give the corpus that was "
+                    "searched, or the judgements alone"
+                )
+            scores[query, rank], indices[query, rank] = values[place], row
+    return _measure(scores, indices, data, cutoffs, None)
+
+
+def _measure(
+    scores: np.ndarray,
+    indices: np.ndarray,
+    data: EvaluationData,
+    cutoffs: Sequence[int],
+    positive_scores: np.ndarray | None,
+) -> Evaluation:
+    """Metrics of rankings (queries, k) in trec_eval's order."""
+    gains = _gains(indices, data.judgements, len(data.corpus.ids))
+    judged = _positive_grades(data.judgements, len(indices))
+    if positive_scores is None:
+        positive_scores = scores[gains > 0]
+    per_query = per_query_metrics(gains, judged, cutoffs)
+    metrics = {name: float(values.mean()) for name, values in per_query.items()}
+    return Evaluation(metrics, scores, indices, gains, per_query, positive_scores, seconds={})
+
+
+def _positive_scores(q_emb: np.ndarray, corpus_emb: Any, judgements: Judgements, first: int) -> np.ndarray:
+    """Inner products (pairs,) of queries with those of their positives that `corpus_emb` holds."""
+    own = (judgements.grade > 0) & (judgements.row >= first) & (judgements.row < first + len(corpus_emb))
+    queries, rows = judgements.query[own], judgements.row[own] - first
+    scores = np.empty(len(rows), dtype=np.float32)
+    for start in range(0, len(rows), 4096):
+        part = slice(start, start + 4096)
+        scores[part] = np.einsum("ij,ij->i", q_emb[queries[part]], np.asarray(corpus_emb[rows[part]], np.float32))
+    return scores
 
 
 def ranking_rows(data: EvaluationData, evaluation: Evaluation, depth: int = 10) -> Iterator[dict[str, Any]]:
@@ -369,80 +303,96 @@ def _positive_grades(judgements: Judgements, num_queries: int) -> np.ndarray:
     return judged
 
 
-def _match_texts(queries: Queries, corpus: Corpus) -> tuple[Judgements, str | None]:
-    """Judgements from "positive", and one positive that the corpus does not hold."""
-    wanted = {text for positives in queries.positives for text in positives}
-    rows: dict[str, list[int]] = {}
-    for row, body in enumerate(corpus.bodies):
-        if body in wanted:
-            rows.setdefault(body, []).append(row)
-    pairs = [
-        (query, row, 1)
-        for query, positives in enumerate(queries.positives)
-        for text in dict.fromkeys(positives)
-        for row in rows.get(text, (-1,))
+def score_histogram(evaluation: Evaluation, num_bins: int = 40) -> dict[str, list[float]]:
+    """Scores of the positives, and of the passages retrieved that are not, as counts.
+
+    Returns:
+        "edges" (num_bins + 1,), from the lowest to the highest score, "positives" and "negatives" (num_bins,) counts.
+    """
+    negatives = evaluation.scores[(evaluation.gains <= 0) & (evaluation.indices >= 0)]
+    both = np.concatenate([evaluation.positive_scores, negatives]).astype(np.float64)
+    low, high = (both.min(), both.max()) if len(both) else (0.0, 1.0)
+    edges = np.linspace(low, high if high > low else low + 1, num_bins + 1)
+    counts = {
+        name: np.histogram(scores, edges)[0].tolist()
+        for name, scores in (("positives", evaluation.positive_scores), ("negatives", negatives))
+    }
+    return {"edges": [round(edge, 6) for edge in edges.tolist()], **counts}
+
+
+def sample_rankings(
+    data: EvaluationData, evaluation: Evaluation, num_queries: int, depth: int = 3
+) -> list[dict[str, Any]]:
+    """The first passages of queries that are spread evenly over the data.
+
+    Each is {"id", "query", "passages": [{"text", "score", "is_relevant"}, ...]}, of a text `TEXT_KEPT` characters.
+    """
+    total = len(data.queries.texts)
+    return [
+        {
+            "id": data.queries.ids[query],
+            "query": data.queries.texts[query],
+            "passages": [
+                {
+                    "text": data.corpus.texts[row][:TEXT_KEPT],
+                    "score": round(float(evaluation.scores[query, rank]), 6),
+                    "is_relevant": bool(evaluation.gains[query, rank] > 0),
+                }
+                for rank, row in enumerate(evaluation.indices[query, :depth])
+                if row >= 0
+            ],
+        }
+        for query in sorted({i * total // num_queries for i in range(num_queries)})
     ]
-    missing = next((text for positives in queries.positives for text in positives if text not in rows), None)
-    return _judgements(pairs), missing
 
 
-def _match_ids(queries: Queries, corpus: Corpus, grades: dict[str, dict[str, int]]) -> tuple[Judgements, str | None]:
-    """Judgements of the known queries from a judgement file, and one passage id that the corpus does not hold."""
-    rows = {corpus_id: row for row, corpus_id in enumerate(corpus.ids)}
-    judged = [(query, grades[query_id]) for query, query_id in enumerate(queries.ids) if query_id in grades]
-    pairs = [(query, rows.get(corpus_id, -1), grade) for query, of in judged for corpus_id, grade in of.items()]
-    missing = next((corpus_id for _, of in judged for corpus_id in of if corpus_id not in rows), None)
-    return _judgements(pairs), missing
+# ---- several processes
 
 
-def _judgements(pairs: list[tuple[int, int, int]]) -> Judgements:
-    return Judgements(*np.array(pairs, dtype=np.int64).reshape(-1, 3).T)
+def _save_together(
+    model: Any, folder: str, texts: Sequence[str], max_length: int | None, batch_size: int | None
+) -> EmbeddingStore:
+    """`EmbeddingModel.save_corpus` by all processes, each taking every so-manyeth of the missing shards."""
+    from bge_accel.encoding import encode_to_store
 
+    rank, world = rank_and_world()
+    alone = ExitStack()  # until the end no other run may write into the folder
 
-def _nothing_matches(queries: Queries, corpus: Corpus, grades: dict[str, dict[str, int]]) -> str:
-    if not grades:
-        positive = next((text for positives in queries.positives for text in positives), None)
-        if positive is None:
-            return 'every "positive" is empty: there is nothing to find; fill them in or give judgements with --qrels'
-        return (
-            'no "positive" of any query is in the corpus; they have to be equal to the letter:\n'
-            f"  a positive:    {shorten(positive)}\n  a corpus text: {shorten(corpus.bodies[0])}\n"
-            "Give the corpus that the positives come from, or ids in both files and judgements with --qrels."
+    def begin() -> Any:
+        wanted = model.describe_store(*digest_texts(texts), max_length=max_length, processes=world)
+        alone.enter_context(writing(folder))
+        return prepare_store(folder, wanted)
+
+    with alone:
+        manifest, missing = from_first(begin)
+        encode_to_store(
+            model,
+            folder,
+            manifest,
+            missing[rank::world],
+            lambda start, stop: texts[start:stop],
+            max_texts=batch_size,
+            counts=model.counts,
         )
-    query_id = next(iter(grades))
-    return (
-        "no judgement connects a query with a passage of the corpus:\n"
-        f"  query ids:   {shorten(query_id)} in the judgements, {shorten(queries.ids[0])} in the query files\n"
-        f"  passage ids: {shorten(next(iter(grades[query_id])))} in the judgements, "
-        f"{shorten(corpus.ids[0])} in the corpus\n"
-        'Ids are read from "id" or "_id" (a row without one gets its number, from 0); make them agree.'
-    )
+        gather(None)
+    return EmbeddingStore(folder)
 
 
-def _text(row: dict[str, Any], names: Sequence[str], where: str, faults: Faults, *, may_be_empty: bool = False) -> str:
-    """The one text that a row holds under any of `names`; "" after a fault."""
-    given = [name for name in names if row.get(name) is not None]
-    if len(given) != 1:
-        either = " or ".join(f'"{name}"' for name in names)
-        faults.add(where, f"{either} is missing" if not given else f"the row has {' and '.join(given)}: keep one")
-        return ""
-    text = row[given[0]]
-    if not isinstance(text, str):
-        faults.add(where, f'"{given[0]}" is {shorten(text)}: it has to be a string')
-        return ""
-    if not text.strip() and not may_be_empty:
-        faults.add(where, f'"{given[0]}" is empty: remove the row or fill it in')
-    return text
-
-
-def _id(row: dict[str, Any], number: int, seen: set[str], where: str, faults: Faults) -> str:
-    """A row's id as a string, entered into `seen`."""
-    value = next((row[name] for name in ("id", "_id") if row.get(name) is not None), number)
-    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
-        faults.add(where, f"the id is {shorten(value)}: it has to be a string or a whole number")
-        return ""
-    value = str(value)
-    if value in seen:
-        faults.add(where, f"the id {shorten(value)} has occurred before: every row needs an id of its own")
-    seen.add(value)
-    return value
+def _recall_over_processes(
+    index: Any, corpus_emb: Any, q_emb: np.ndarray, cutoffs: Sequence[int], first: int, *, max_queries: int = 1000
+) -> dict[str, float]:
+    """`index_recall` where every process holds a part of the corpus and an index of it."""
+    chosen = q_emb[np.unique(np.linspace(0, len(q_emb) - 1, min(max_queries, len(q_emb))).astype(np.int64))]
+    found = search_over_processes(index, chosen, max(cutoffs), first)[1]
+    exact = search_over_processes(corpus_emb if len(corpus_emb) else None, chosen, max(cutoffs), first)[0]
+    own = np.full(found.shape, -np.inf, dtype=np.float32)
+    query, rank = np.nonzero((found >= first) & (found < first + len(corpus_emb)))
+    rows = np.asarray(corpus_emb[found[query, rank] - first], dtype=np.float32)
+    own[query, rank] = np.einsum("ij,ij->i", chosen[query], rows)
+    true = np.max(gather(own), axis=0)
+    recall = {}
+    for cutoff in sorted({min(cutoff, exact.shape[1]) for cutoff in cutoffs}):
+        last = exact[:, cutoff - 1 : cutoff]
+        is_found = true[:, :cutoff] >= last - 1e-6 * np.maximum(1, np.abs(last))
+        recall[f"recall@{cutoff}"] = float(is_found.sum() / (cutoff * len(chosen)))
+    return recall | {"queries": len(chosen)}

@@ -1,5 +1,6 @@
 """Retrieval metrics, from the judged grades of ranked passages; they agree with trec_eval."""
 
+import os
 from collections.abc import Sequence
 
 import numpy as np
@@ -76,3 +77,8 @@ def trec_order(scores: np.ndarray, ids: np.ndarray) -> np.ndarray:
     """
     _, id_ranks = np.unique(ids, return_inverse=True)
     return np.lexsort((-id_ranks.reshape(scores.shape), -scores.astype(np.float32)), axis=-1)
+
+
+def metric_folder() -> str:
+    """The folder for `evaluate.load`, whatever the working directory: these metrics as an `evaluate.Metric`."""
+    return os.path.join(os.path.dirname(os.path.abspath(__file__)), "retrieval_metric")

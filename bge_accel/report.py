@@ -15,17 +15,26 @@ def metrics_table(metrics: Mapping[str, float]) -> str:
     names = list(dict.fromkeys(name.partition("@")[0] for name in metrics))
     cutoffs = sorted({int(name.partition("@")[2]) for name in metrics})
     rows = [[name, *(_number(metrics.get(f"{name}@{cutoff}")) for cutoff in cutoffs)] for name in names]
-    return _table([["", *(f"@{cutoff}" for cutoff in cutoffs)], *rows])
+    return text_table([["", *(f"@{cutoff}" for cutoff in cutoffs)], *rows])
 
 
-def comparison_table(base: Mapping[str, float], tuned: Mapping[str, float]) -> str:
-    """Two evaluations side by side: a row a metric that either has; columns base, tuned, difference."""
-    rows = []
-    for name in dict.fromkeys([*base, *tuned]):
-        both = name in base and name in tuned
-        difference = f"{tuned[name] - base[name]:+.4f}" if both else "-"
-        rows.append([name, _number(base.get(name)), _number(tuned.get(name)), difference])
-    return _table([["", "base", "tuned", "difference"], *rows])
+def side_by_side_table(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """Evaluations side by side: a row a metric that any has, a column each, with the difference to the first.
+
+    Args:
+        metrics: of each evaluation under its name.
+    """
+    names = list(metrics)
+    rows = [["", *names]]
+    for metric in dict.fromkeys(metric for of_one in metrics.values() for metric in of_one):
+        first = metrics[names[0]].get(metric)
+        cells = [_number(first)]
+        for name in names[1:]:
+            value = metrics[name].get(metric)
+            both = value is not None and first is not None
+            cells.append(f"{_number(value)} ({value - first:+.4f})" if both else _number(value))  # type: ignore[operator]
+        rows.append([metric, *cells])
+    return text_table(rows)
 
 
 def moved_into_top(
@@ -65,7 +74,7 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def text_table(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as their widest cell; the first to the left, the others to the right."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     return "\n".join(

@@ -397,5 +397,43 @@ class EmbeddingStore:
         return np.asarray(self[np.arange(len(self))], dtype=dtype)
 
 
+class StorePart(EmbeddingStore):
+    """Rows `first` to `stop` of a store, read like an array where they lie; what one of several processes searches."""
+
+    def __init__(self, store: EmbeddingStore, first: int, stop: int) -> None:
+        assert 0 <= first <= stop <= len(store)
+        self.store, self.first = store, first
+        self.folder, self.manifest, self.dtype = store.folder, store.manifest, store.dtype
+        self.shape = (stop - first, store.shape[1])
+
+    def shard(self, number: int) -> np.ndarray:
+        """The whole of one file, which may begin before this part and end after it."""
+        return self.store.shard(number)
+
+    def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
+        """(first row, counted in this part, and rows) of at most `size` rows each; views of the files where possible."""
+        for start in range(0, len(self), size):
+            yield start, self[start : start + size]
+
+    def __getitem__(self, which: Any) -> np.ndarray:
+        """Rows by number, slice, or an array of numbers or of truth values, counted in this part."""
+        if isinstance(which, slice):
+            start, stop, step = which.indices(len(self))
+            return (
+                self.store[np.arange(start, stop, step) + self.first]
+                if step != 1
+                else self.store[start + self.first : max(start, stop) + self.first]
+            )
+        rows = np.asarray(which)
+        if rows.dtype == bool:
+            if rows.shape != (len(self),):
+                raise IndexError(f"truth values {rows.shape} for {len(self)} rows of a store")
+            rows = np.flatnonzero(rows)
+        rows = np.where(rows < 0, rows + len(self), rows).astype(np.int64)
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"rows {rows.min()} to {rows.max()} of {len(self)} rows of a store")
+        return self.store[int(rows) + self.first if rows.ndim == 0 else rows + self.first]
+
+
 def _shown(value: Any) -> str:
     return "nothing" if value is None else json.dumps(value, ensure_ascii=False)

@@ -1,20 +1,13 @@
 """Retrieval measured while a model trains: all processes encode together, with the model as it stands."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.evaluation import (
-    Corpus,
-    EvaluationData,
-    Judgements,
-    Queries,
-    choose_cutoffs,
-    evaluate_embeddings,
-    read_evaluation_data,
-)
+from bge_accel.evaluation import choose_cutoffs, evaluate_embeddings
+from bge_accel.evaluation_data import Corpus, EvaluationData, Judgements, Queries, read_evaluation_data
 from bge_accel.reading import text_id
 from bge_accel.rows import TrainingRows
 
@@ -178,18 +171,25 @@ def read_eval_sets(paths: Sequence[str]) -> dict[str, EvaluationData]:
 
 
 def data_of_rows(path: str) -> EvaluationData:
-    """Rows as something to measure on: all their passages are the corpus, equal queries are one.
+    """Rows of a file as something to measure on; see `retrieval_from_rows`."""
+    rows = TrainingRows([path])
+    return retrieval_from_rows((rows.place(number), rows[number]) for number in range(len(rows)))
+
+
+def retrieval_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> EvaluationData:
+    """Rows `{"query", "pos", "neg"}` as something to measure on: all passages are the corpus, equal queries are one.
+
+    Args:
+        rows: each with its place, for messages.
 
     Raises:
-        ValueError: a row is faulty, or has a "prompt" of its own, which evaluation does not know.
+        ValueError: a row has a "prompt" of its own, which evaluation does not know.
     """
-    rows = TrainingRows([path])
     passages: dict[int, int] = {}
     texts, queries, pairs = list[str](), dict[str, int](), set[tuple[int, int]]()
-    for number in range(len(rows)):
-        row = rows[number]
+    for place, row in rows:
         if row.get("prompt"):
-            raise ValueError(f'{rows.place(number)}: "prompt" is not known to evaluation; drop it from --eval_data')
+            raise ValueError(f'{place}: "prompt" is not known to evaluation; drop it from the rows to evaluate on')
         for text in (*row["pos"], *(row.get("neg") or [])):
             if passages.setdefault(text_id(text), len(texts)) == len(texts):
                 texts.append(text)

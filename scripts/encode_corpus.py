@@ -25,7 +25,7 @@ from itertools import islice
 from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
-from bge_accel.evaluation import corpus_rows, query_rows
+from bge_accel.evaluation_data import corpus_rows, query_rows
 from bge_accel.jobs import SharedCounters, warn
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing

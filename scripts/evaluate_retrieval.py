@@ -1,59 +1,93 @@
-"""Measure how well an embedding model retrieves: encode queries and corpus, search, MRR / nDCG / Recall / MAP / P.
+"""Measure how well embedding models retrieve, and whether two differ: MRR / nDCG / Recall / MAP / P with intervals.
 
-Queries that list the texts of their positives, as FlagEmbedding has them:
+Queries that list the texts of their positives, as FlagEmbedding has them (without data: MS MARCO, from the hub):
 
-    python scripts/evaluate_retrieval.py --encoder BAAI/bge-small-en-v1.5 --add_instruction --k 100 \\
+    python scripts/evaluate_retrieval.py --encoder BAAI/bge-small-en-v1.5 --fp16 --add_instruction --k 100 \\
         --corpus_data ./toy_corpus.json --query_data ./toy_query.json
 
 A BEIR data set, judged by ids:
 
     python scripts/evaluate_retrieval.py --encoder BAAI/bge-small-en-v1.5 --add_instruction --fp16 \\
-        --corpus_data scifact/corpus.jsonl --query_data scifact/queries.jsonl --qrels scifact/qrels/test.tsv \\
-        --max_passage_length 512 --output_file results/scifact.json
+        --corpus_data scifact/ --max_passage_length 512 --output_file results/scifact.json --save_run results/small.run
+
+Two models, with intervals, the queries that gained and lost most, and a page to look at; or two runs in TREC's form:
+
+    python scripts/evaluate_retrieval.py --encoder BAAI/bge-small-en-v1.5 tuned --corpus_data scifact/ --report page.html
+    python scripts/evaluate_retrieval.py --compare small.run tuned.run --qrels scifact/qrels/test.tsv
 
 --save_embedding keeps the corpus's embeddings in the folder --save_path, --load_embedding takes them from there (from
 this script or scripts/encode_corpus.py), after a check that they are of this model, these texts and these settings.
 
+On several GPUs it starts a process for each, which encodes and searches its share; on several machines, or CPUs:
+torchrun --nproc_per_node 2 scripts/evaluate_retrieval.py ...
+
 Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
 """
 
+import importlib.util
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
-from bge_accel.config import check_model_path, option, parse_config, required, user_errors
+import numpy as np
+
+from bge_accel.comparison import (
+    choose_metric,
+    compare,
+    differences_table,
+    moved_text,
+)
+from bge_accel.config import check_model_path, option, parse_config, user_errors
 from bge_accel.evaluation import (
     Evaluation,
-    EvaluationData,
     choose_cutoffs,
     evaluate_retrieval,
+    evaluate_run,
     ranking_rows,
-    read_evaluation_data,
+    sample_rankings,
+    score_histogram,
 )
-from bge_accel.reading import shorten
+from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
+from bge_accel.evaluation_sources import is_hub_name
+from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, warn
+from bge_accel.reading import Faults, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
+from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 DEFAULT_SAVE_PATH = "embeddings"
+SAMPLES = 10  # queries that are written with what each system ranks first
 
 
 @dataclass(kw_only=True)
 class Config:
     """What to measure, and on what."""
 
-    encoder: str = required("folder or hub name of the embedding model", group="model")
-    corpus_data: list[str] = required(
-        'files, globs or folders of passages {"content" or "text"}, optional "id", "title"', group="data"
+    encoder: list[str] | None = option(
+        None, "folders or hub names of embedding models; several are compared with the first", group="model"
     )
-    query_data: list[str] = required(
-        'files, globs or folders of queries {"query" or "text"} with "positive": [text, ...], or "id" and --qrels',
+    compare: list[str] | None = option(
+        None, "runs in TREC's form: one is measured, several are compared with the first; encoders join them",
+        group="data",
+    )  # fmt: skip
+    corpus_data: list[str] | None = option(
+        None,
+        'files, globs, folders or hub names of passages {"content" or "text"}, optional "id", "title"; a folder in '
+        "BEIR's layout brings queries and judgements; default: MS MARCO's",
+        group="data",
+    )
+    query_data: list[str] | None = option(
+        None,
+        'the same of queries {"query" or "text"} with "positive": [text, ...], or "id" and --qrels; default: MS MARCO\'s',
         group="data",
     )
 
@@ -79,11 +113,18 @@ class Config:
         None, "judgements: lines `query-id corpus-id score` (BEIR) or `query-id 0 corpus-id grade` (TREC)", group="data"
     )
 
+    split: str | None = option(
+        None, "of judgements in BEIR's layout (default: test), or of queries on the hub (default: dev)", group="data"
+    )
+
     k: int = option(100, "passages retrieved for each query", group="search")
     cutoffs: list[int] | None = option(
         None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", group="search"
     )
     index_factory: str = option("Flat", "FAISS index string; Flat is exact", group="search")
+    num_processes: int | None = option(
+        None, "started on this machine, each encodes and searches its share; default: one a GPU", group="search"
+    )
 
     max_query_length: int = option(32, "tokens that a query is cut to, special tokens included", group="encoding")
     max_passage_length: int = option(128, "tokens that a passage is cut to, special tokens included", group="encoding")
@@ -97,156 +138,341 @@ class Config:
     load_embedding: bool = option(
         False, "take the corpus's embeddings from --save_path, if they are of this model and corpus", group="encoding"
     )
-    save_path: str | None = option(
-        None, f"folder of the embedding store; default: {DEFAULT_SAVE_PATH}", group="encoding"
+    save_path: list[str] | None = option(
+        None, f"folder of the embedding store, one for each encoder; default: {DEFAULT_SAVE_PATH}", group="encoding"
     )
 
+    compare_metric: str | None = option(
+        None, "by which queries gain and lose in a comparison; default: nDCG@10, or at the largest cut-off below",
+        group="output",
+    )  # fmt: skip
     output_file: str = option("metrics.json", "where metrics, counts and settings are written", group="output")
-    save_ranking: str | None = option(None, "JSON lines: the top 10 of each query", group="output")
+    save_run: list[str] | None = option(None, "rankings in TREC's form, a file for each encoder", group="output")
+    save_ranking: str | None = option(None, "JSON lines: the top 10 of each query (one encoder)", group="output")
+    report: str | None = option(None, "an HTML page with tables, figures and samples", group="output")
+    figures_dir: str | None = option(None, "PNG of each of its figures (needs matplotlib)", group="output")
     show: int = option(0, "print the top 3 of so many queries", group="output")
+
+
+class System(NamedTuple):
+    """An encoder or a run, and how well it retrieves."""
+
+    name: str
+    evaluation: Evaluation
+    about: dict[str, Any]
 
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is read."""
-    for name in ("max_query_length", "max_passage_length", "batch_size"):
-        if getattr(cfg, name) < 1:
+    encoders, runs = cfg.encoder or [], cfg.compare or []
+    if not encoders and not runs:
+        raise ValueError("there is nothing to measure: name models with --encoder, or runs with --compare")
+    for name in ("max_query_length", "max_passage_length", "batch_size", "num_processes"):
+        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
             raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1")
     if cfg.show < 0:
         raise ValueError(f"--show is {cfg.show}: it has to be at least 0")
-    choose_cutoffs(cfg.k, cfg.cutoffs)
+    choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
+    if cfg.compare_metric is not None and len(encoders) + len(runs) < 2:
+        raise ValueError(f"--compare_metric {cfg.compare_metric} has no effect on one system alone; drop it")
+    world = os.environ.get("WORLD_SIZE")
+    if cfg.num_processes is not None and world is not None and int(world) != cfg.num_processes:
+        raise ValueError(f"--num_processes {cfg.num_processes} has no effect: {world} processes have been started")
     if cfg.add_instruction and cfg.query_instruction_for_retrieval is not None:
         raise ValueError("--add_instruction and --query_instruction_for_retrieval both say what to put before a query")
     if cfg.fp16 and cfg.bf16:
         raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
-    if cfg.save_path is not None and not (cfg.save_embedding or cfg.load_embedding):
-        raise ValueError(f"--save_path {cfg.save_path} has no effect without --save_embedding or --load_embedding")
+    if not encoders and cfg.corpus_data is None and cfg.query_data is None and cfg.qrels is None:
+        raise ValueError("runs are measured against judgements: give --qrels, or --corpus_data and --query_data")
+    stores = save_paths(cfg)
+    if cfg.save_path is not None and not stores:
+        raise ValueError(f"--save_path {cfg.save_path[0]} has no effect without --save_embedding or --load_embedding")
+    for name, given in (("save_path", stores), ("save_run", cfg.save_run)):
+        if given and (len(given) != len(encoders) or len(set(given)) != len(given)):
+            raise ValueError(f"--{name} is {' '.join(given)}: name one for each of {len(encoders)} encoders")
     if cfg.load_embedding:
-        read_manifest(cfg.save_path or DEFAULT_SAVE_PATH)
-    check_model_path("--encoder", cfg.encoder)
-    inputs = [*cfg.corpus_data, *cfg.query_data, *([cfg.qrels] if cfg.qrels else [])]
-    for name in ("output_file", "save_ranking"):
-        path = getattr(cfg, name)
-        if path is not None and (not path or os.path.isdir(path)):
-            raise ValueError(f"--{name} {path!r} is not the name of a file")
-        if path is not None:
-            folder = os.path.dirname(os.path.abspath(path))
-            while not os.path.exists(folder):
-                folder = os.path.dirname(folder)
-            if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-                raise ValueError(f"--{name} {path}: its folder cannot be made in {folder}, which is no writable folder")
-        if path is not None and any(
-            os.path.exists(path) and os.path.exists(p) and os.path.samefile(path, p) for p in inputs
-        ):
-            raise ValueError(f"--{name} {path} is an input; name another file")
-    if cfg.save_ranking is not None and os.path.abspath(cfg.save_ranking) == os.path.abspath(cfg.output_file):
-        raise ValueError(f"--save_ranking and --output_file are both {cfg.output_file}; name two files")
+        for path in stores:
+            read_manifest(path)
+    for encoder in encoders:
+        check_model_path("--encoder", encoder)
+    if cfg.figures_dir is not None and importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
+    if cfg.save_ranking is not None and len(encoders) + len(runs) > 1:
+        raise ValueError("--save_ranking is of one system; of several, --save_run keeps the rankings")
+    inputs = [*(cfg.corpus_data or []), *(cfg.query_data or []), *([cfg.qrels] if cfg.qrels else []), *runs]
+    outputs: dict[str, str] = {}
+    for name in ("output_file", "save_ranking", "report", "save_run"):
+        given = getattr(cfg, name) or []
+        for path in [given] if isinstance(given, str) else given:
+            check_output(f"--{name}", path, [path for path in inputs if os.path.exists(path)])
+            if (other := outputs.setdefault(os.path.abspath(path), name)) != name:
+                raise ValueError(f"--{name} and --{other} are both {path}; name two files")
+
+
+def save_paths(cfg: Config) -> list[str]:
+    """Folder of each encoder's embedding store; none where there are none."""
+    return (cfg.save_path or [DEFAULT_SAVE_PATH]) if cfg.save_embedding or cfg.load_embedding else []
+
+
+def start_processes(cfg: Config) -> None:
+    """Becomes a torchrun of this script where several processes are wanted and this is not yet one of them."""
+    if "WORLD_SIZE" in os.environ or not cfg.encoder:
+        return
+    wanted = cfg.num_processes
+    if wanted is None:
+        from torch.cuda import device_count
+
+        wanted = device_count()
+    if wanted > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
+        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
+
+
+def keep_own_gpu() -> None:
+    """Lets each of several processes see a GPU of its own alone: what is said to use all GPUs then uses that one."""
+    visible, rank = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", "-1"))
+    if rank >= 0 and visible != "":
+        devices = visible.split(",") if visible else []
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)] if devices else str(rank)
 
 
 def main(cfg: Config) -> None:
     # ---- check and read everything before a model is loaded
     with user_errors():
         check(cfg)
-        data = read_evaluation_data(cfg.corpus_data, cfg.query_data, cfg.qrels)
+        start_processes(cfg)
+        keep_own_gpu()
+        processes = Processes()
+        runs, data = read_inputs(cfg)
+    counts = data.counts
     for warning in data.warnings:
         warn(warning)
-    counts = data.counts
-    print(
-        f"{counts['judged_queries']:,} judged queries of {counts['queries']:,}, {counts['corpus']:,} passages, "
-        f"{counts['positives']:,} positives ({counts['missing_positives']:,} not in the corpus)",
-        flush=True,
+    of_queries = f" of {counts['queries']:,}" if "queries" in counts else ""
+    passages = f"{counts['corpus']:,} passages, " if "corpus" in counts else ""
+    missing = f" ({counts['missing_positives']:,} not in the corpus)" if "missing_positives" in counts else ""
+    processes.say(
+        f"{counts['judged_queries']:,} judged queries{of_queries}, {passages}{counts['positives']:,} positives{missing}"
     )
 
+    # ---- measure
+    paths, encoders = cfg.compare or [], cfg.encoder or []
+    names, systems = system_names([*paths, *encoders]), []
+    with errors_of_any(processes):
+        for path, name in zip(paths, names, strict=False):
+            evaluation = evaluate_run(runs[path], data, k=cfg.k, cutoffs=cfg.cutoffs, name=path)
+            absent = sum(query not in runs[path] for query in data.queries.ids)
+            if absent:
+                warn(f"{path} has no ranking for {absent:,} of {len(data.queries.ids):,} judged queries: they score 0")
+            systems.append(System(name, evaluation, {"run": path, "queries_without_ranking": absent}))
+        for number, name in enumerate(names[len(paths) :]):
+            evaluation, about = evaluate_encoder(cfg, number, data, processes)
+            systems.append(System(name, evaluation, about))
+
+    # ---- report
+    if processes.rank == 0:
+        with user_errors():
+            report(cfg, data, systems)
+    processes.wait()
+
+
+@contextmanager
+def errors_of_any(processes: Processes) -> Iterator[None]:
+    """`user_errors` where any process may be the only one at fault, by the passages of its share: the first one speaks."""
+    try:
+        yield
+    except ValueError as error:
+        with suppress(RuntimeError):  # whoever holds the counter has spoken, and gone
+            if SharedCounters("evaluate_retrieval", processes.world > 1).add("errors", 1) == 1:
+                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+
+
+def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
+    """The runs, and what to measure them and the encoders on; ValueError for what is wrong with any line."""
+    faults = Faults()
+    runs = {path: read_run(path, faults) for path in cfg.compare or []}
+    faults.raise_if_any()
+    if cfg.qrels is not None and not cfg.encoder and cfg.corpus_data is None and cfg.query_data is None:
+        if cfg.split is not None:
+            raise ValueError(f"--split {cfg.split} has no effect with --qrels {cfg.qrels}; drop one of them")
+        return runs, judged_ids(cfg.qrels, runs.values())
+    return runs, read_evaluation_data(cfg.corpus_data, cfg.query_data, cfg.qrels, cfg.split)
+
+
+def system_names(paths: list[str]) -> list[str]:
+    """The last part of each path, or the whole where that would make two alike; what is named twice is numbered."""
+    short = [name if is_hub_name(name) else os.path.basename(os.path.abspath(name)) for name in paths]
+    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
+    earlier = [names[:number].count(name) for number, name in enumerate(names)]
+    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
+
+
+def evaluate_encoder(
+    cfg: Config, number: int, data: EvaluationData, processes: Processes
+) -> tuple[Evaluation, dict[str, Any]]:
+    """Loads one of the encoders and measures it; the metrics, and how they were made."""
     import torch
 
     from bge_accel.encoding import EmbeddingModel
     from bge_accel.precision import resolve_dtype
 
-    # ---- model
-    with user_errors():
-        dtype, precision_warning = resolve_dtype(cfg.fp16, cfg.bf16)
-        if precision_warning:
-            warn(precision_warning)
-        model = EmbeddingModel(
-            cfg.encoder,
-            dtype=dtype,
-            pooling=cfg.pooling_method,
-            normalize=cfg.normalize_embeddings,
-            query_instruction=BGE_INSTRUCTION if cfg.add_instruction else cfg.query_instruction_for_retrieval,
-            passage_instruction=cfg.passage_instruction_for_retrieval,
-            trust_remote_code=cfg.trust_remote_code,
-            cache_dir=cfg.cache_dir,
-        )
+    assert cfg.encoder is not None
+    dtype, precision_warning = resolve_dtype(cfg.fp16, cfg.bf16)
+    if precision_warning and number == 0:
+        warn(precision_warning)
+    model = EmbeddingModel(
+        cfg.encoder[number],
+        dtype=dtype,
+        pooling=cfg.pooling_method,
+        normalize=cfg.normalize_embeddings,
+        query_instruction=BGE_INSTRUCTION if cfg.add_instruction else cfg.query_instruction_for_retrieval,
+        passage_instruction=cfg.passage_instruction_for_retrieval,
+        trust_remote_code=cfg.trust_remote_code,
+        cache_dir=cfg.cache_dir,
+    )
     lengths = {name: min(getattr(cfg, name), model.max_length) for name in ("max_query_length", "max_passage_length")}
     for name, length in lengths.items():
         if length < getattr(cfg, name):
             warn(f"--{name} is {getattr(cfg, name)}, but the model takes {length} tokens: texts are cut there")
-
-    # ---- encode, search, measure
-    with user_errors():
-        evaluation = evaluate_retrieval(
-            model,
-            data,
-            k=cfg.k,
-            cutoffs=cfg.cutoffs,
-            index_factory=cfg.index_factory,
-            batch_size=cfg.batch_size,
-            save_path=(cfg.save_path or DEFAULT_SAVE_PATH) if cfg.save_embedding or cfg.load_embedding else None,
-            load_embedding=cfg.load_embedding,
-            show_progress=sys.stderr.isatty(),
-            **lengths,
-        )
-
-    # ---- report
-    settings, encoded = model.settings, model.counts
-    if encoded.num_truncated:
-        print(f"{encoded.num_truncated:,} of {encoded.num_texts:,} encoded texts were longer than allowed and were cut")
-    result = {
-        "metrics": evaluation.metrics,
-        "counts": counts | {"encoded_texts": encoded.num_texts, "truncated_texts": encoded.num_truncated},
-        "seconds": {name: round(seconds, 3) for name, seconds in evaluation.seconds.items()},
+    stores = save_paths(cfg)
+    evaluation = evaluate_retrieval(
+        model,
+        data,
+        k=cfg.k,
+        cutoffs=cfg.cutoffs,
+        index_factory=cfg.index_factory,
+        use_gpu=can_search_on_gpu(cfg.index_factory),
+        batch_size=cfg.batch_size,
+        save_path=stores[number] if stores else None,
+        load_embedding=cfg.load_embedding,
+        show_progress=processes.shows_bars,
+        shared=processes.world > 1,
+        **lengths,
+    )
+    encoded = np.sum(gather([model.counts.num_texts, model.counts.num_truncated]), axis=0).tolist()
+    settings = model.settings
+    return evaluation, {
+        "encoded_texts": encoded[0],
+        "truncated_texts": encoded[1],
         "model": {
+            "name": cfg.encoder[number],
             "pooling": settings.pooling,
             "normalize": settings.normalize,
             "query_instruction": settings.query_prefix,
             "passage_instruction": settings.passage_prefix,
             "dtype": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
+            "processes": processes.world,
         },
-        "config": asdict(cfg),
-        "versions": versions(),
+    }
+
+
+def can_search_on_gpu(index_factory: str) -> bool:
+    """Whether there is a GPU, and for an approximate index a FAISS that knows GPUs."""
+    import torch
+
+    if not torch.cuda.is_available() or index_factory == "Flat":
+        return torch.cuda.is_available()
+    import faiss
+
+    return hasattr(faiss, "index_cpu_to_all_gpus")
+
+
+def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
+    """Prints and writes what was found."""
+    common = {"counts": data.counts, "config": asdict(cfg), "versions": versions()}
+    found = {system.name: system_result(data, system) for system in systems}
+    metric = choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
+    compared = compare(data, {system.name: system.evaluation for system in systems}, metric)
+    if len(systems) == 1:
+        result = {**found[systems[0].name], **common}
+        result["counts"] = data.counts | {
+            name: result.pop(name) for name in ("encoded_texts", "truncated_texts") if name in result
+        }
+    else:
+        result = {
+            "base": systems[0].name,
+            "compare_metric": metric,
+            "systems": found,
+            "comparisons": {other.name: other.result() for other in compared},
+            **common,
+        }
+    written = [cfg.output_file]
+    write(cfg.output_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+    encoded = systems[len(cfg.compare or []) :]
+    for path, system in zip(cfg.save_run or [], encoded, strict=False):
+        write(path, "".join(run_lines(data, system.evaluation, system.name)))
+        written.append(path)
+    if cfg.save_ranking is not None:
+        rows = ranking_rows(data, systems[0].evaluation)
+        write(cfg.save_ranking, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        written.append(cfg.save_ranking)
+    if cfg.report is not None or cfg.figures_dir is not None:
+        from bge_accel.html_report import evaluation_page
+
+        page = evaluation_page(result)
+        if cfg.report is not None:
+            write(cfg.report, page.html())
+            written.append(cfg.report)
+        if cfg.figures_dir is not None:
+            written += page.save_figures(cfg.figures_dir)
+
+    for system in systems:
+        show_system(cfg, data, system, heading=len(systems) > 1)
+    base = systems[0].name
+    for other in compared:
+        print(f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n")
+        print(moved_text(other.moved, base, other.name))
+        print(f"\n{differences_table(other.differences, base, other.name)}\n\n{other.verdict}")
+    if len(systems) > 1:
+        print()
+    print(f"wrote {', '.join(written)}")
+
+
+def system_result(data: EvaluationData, system: System) -> dict[str, Any]:
+    """What is written of one system."""
+    evaluation = system.evaluation
+    result: dict[str, Any] = {
+        "metrics": evaluation.metrics,
+        "seconds": {name: round(seconds, 3) for name, seconds in evaluation.seconds.items()},
+        **system.about,
+        "score_histogram": score_histogram(evaluation),
+        "samples": sample_rankings(data, evaluation, SAMPLES),
     }
     if evaluation.index_recall is not None:
         result["index_recall"] = evaluation.index_recall
+    return result
+
+
+def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: bool) -> None:
+    """Prints one system's table, and samples where asked for."""
+    evaluation, about = system.evaluation, system.about
+    if heading:
+        print(f"\n== {system.name}")
+    if about.get("truncated_texts"):
+        cut, encoded = about["truncated_texts"], about["encoded_texts"]
+        print(f"{cut:,} of {encoded:,} encoded texts were longer than allowed and were cut")
+    if evaluation.index_recall is not None:
         found = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.index_recall.items() if "@" in name)
         print(f"{cfg.index_factory} against exact search: {found}")
-    write_atomically(cfg.output_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    if cfg.save_ranking is not None:
-        rows = ranking_rows(data, evaluation)
-        write_atomically(cfg.save_ranking, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    if cfg.show:
-        print(sample_rankings(data, evaluation, cfg.show))
+    for sample in sample_rankings(data, evaluation, cfg.show) if cfg.show else []:
+        print(f"query  {shorten(sample['query'], 110)}")
+        for rank, passage in enumerate(sample["passages"], start=1):
+            mark = "+" if passage["is_relevant"] else " "
+            print(f"  {mark} {rank}  {passage['score']:.4f}  {shorten(passage['text'], 98)}")
+        print()
+    documented = [f"{name}@{cutoff}" for name in ("MRR", "Recall") for cutoff in (1, 10, 100)]
+    if all(name in evaluation.metrics for name in documented):  # what eval_msmarco prints, in its form
+        print({name: round(evaluation.metrics[name], 6) for name in documented})
     print(metrics_table(evaluation.metrics))
-    seconds = ", ".join(f"{name.replace('_', ' ')} {value:.1f}" for name, value in evaluation.seconds.items())
-    print(f"seconds: {seconds}\nwrote {cfg.output_file}{f' and {cfg.save_ranking}' if cfg.save_ranking else ''}")
+    if evaluation.seconds:
+        print("seconds: " + ", ".join(f"{n.replace('_', ' ')} {value:.1f}" for n, value in evaluation.seconds.items()))
 
 
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def sample_rankings(data: EvaluationData, evaluation: Evaluation, num_queries: int) -> str:
-    """The first three passages of queries spread evenly over the data; a + marks the relevant ones."""
-    total = len(data.queries.texts)
-    lines = []
-    for query in sorted({i * total // num_queries for i in range(num_queries)}):
-        lines.append(f"query  {shorten(data.queries.texts[query], 110)}")
-        for rank, row in enumerate(evaluation.indices[query, :3]):
-            if row >= 0:
-                mark = "+" if evaluation.gains[query, rank] > 0 else " "
-                text = shorten(data.corpus.texts[row], 98)
-                lines.append(f"  {mark} {rank + 1}  {evaluation.scores[query, rank]:.4f}  {text}")
-        lines.append("")
-    return "\n".join(lines)
+def write(path: str, text: str) -> None:
+    """Writes a file that is complete or, after a crash, not there."""
+    with atomic_file(path) as file:
+        file.write(text)
 
 
 def versions() -> dict[str, str | None]:
@@ -258,15 +484,6 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[name] = None
     return found
-
-
-def write_atomically(path: str, text: str) -> None:
-    """Writes a file that is complete or, after a crash, not there."""
-    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    aside = f"{path}.{os.getpid()}.incomplete"
-    with open(aside, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.replace(aside, path)
 
 
 if __name__ == "__main__":

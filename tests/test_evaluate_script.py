@@ -1,5 +1,6 @@
 """scripts/evaluate_retrieval.py as a user runs it."""
 
+import ast
 import json
 import time
 
@@ -44,10 +45,15 @@ def test_the_documented_line_of_flagembedding(run_script, tiny_model, toy, tmp_p
     assert "2 judged queries of 2, 3 passages, 3 positives (1 not in the corpus)" in done.stdout
     result = json.loads((tmp_path / "metrics.json").read_text())
     assert result["metrics"]["Recall@100"] == pytest.approx(0.75)
-    assert set(result) == {"metrics", "counts", "seconds", "model", "config", "versions"}
+    assert set(result) == {
+        "metrics", "counts", "seconds", "model", "config", "versions", "samples", "score_histogram",
+    }  # fmt: skip
+    documented = ast.literal_eval(next(line for line in done.stdout.splitlines() if line.startswith("{'MRR@1'")))
+    assert list(documented) == ["MRR@1", "MRR@10", "MRR@100", "Recall@1", "Recall@10", "Recall@100"]
+    assert documented == pytest.approx({name: result["metrics"][name] for name in documented}, abs=1e-6)
     assert result["counts"]["missing_positives"] == 1
     assert result["model"]["query_instruction"] == "Represent this sentence for searching relevant passages: "
-    assert result["config"]["k"] == 100 and result["config"]["encoder"] == tiny_model
+    assert result["config"]["k"] == 100 and result["config"]["encoder"] == [tiny_model]
     assert result["versions"]["torch"] and all(seconds >= 0 for seconds in result["seconds"].values())
     header, *rows = done.stdout.splitlines()[-9:-2]
     assert header.split() == ["@1", "@3", "@5", "@10", "@100"]
@@ -103,6 +109,12 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
         ),
         (["--pooling_method", "max"], "'max' is not one of cls, mean, last_token"),
         (["--qrels", "none.tsv"], "none.tsv: cannot be read"),
+        (["--split", "dev"], "--split dev has no effect"),
+        (["--num_processes", "0"], "--num_processes is 0"),
+        (["--compare_metric", "nDCG@7"], "--compare_metric nDCG@7 is not measured; choose one of MRR@1"),
+        (["--save_run", "a", "b"], "--save_run is a b: name one for each of 1 encoders"),
+        (["--save_run", "metrics.json"], "--save_run and --output_file are both metrics.json"),
+        (["--compare", "toy_query.json"], "toy_query.json:1: "),
         (["--query_data", "toy_corpus.json"], 'toy_corpus.json:1: "query" or "text" is missing'),
     ],
 )

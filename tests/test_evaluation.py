@@ -13,12 +13,10 @@ from bge_accel.evaluation import (
     evaluate_embeddings,
     evaluate_retrieval,
     ranking_rows,
-    read_corpus,
-    read_evaluation_data,
-    read_qrels,
 )
+from bge_accel.evaluation_data import read_corpus, read_evaluation_data, read_qrels
 from bge_accel.reading import Faults
-from bge_accel.report import comparison_table, metrics_table, moved_into_top
+from bge_accel.report import metrics_table, moved_into_top, side_by_side_table
 
 
 class HashingEncoder:
@@ -387,9 +385,10 @@ def test_tables():
         "MRR     0.2500  0.5000",
         "Recall       -  1.0000",
     ]
-    assert comparison_table(base, {"MRR@1": 0.5, "MRR@10": 0.4}).splitlines() == [
-        "             base   tuned  difference",
-        "MRR@1      0.2500  0.5000     +0.2500",
-        "MRR@10     0.5000  0.4000     -0.1000",
-        "Recall@10  1.0000       -           -",
+    tuned, merged = {"MRR@1": 0.5, "MRR@10": 0.4}, {"MRR@1": 0.25}
+    assert side_by_side_table({"base": base, "tuned": tuned, "merged": merged}).splitlines() == [
+        "             base             tuned            merged",
+        "MRR@1      0.2500  0.5000 (+0.2500)  0.2500 (+0.0000)",
+        "MRR@10     0.5000  0.4000 (-0.1000)                 -",
+        "Recall@10  1.0000                 -                 -",
     ]

@@ -18,10 +18,12 @@ def test_the_demonstration_improves_the_real_encoder(tmp_path: Path, real_model:
     for name in ("MRR@10", "nDCG@10", "Recall@10", "Recall@100"):
         assert any(line.startswith(name) for line in result.stdout.splitlines())
     assert result.stdout.count("\nquery   ") == 3 and "Moved into the top 3" in result.stdout
-    base, tuned = (
-        json.loads((tmp_path / "demo" / f"{name}.json").read_text())["metrics"] for name in ("base", "tuned-42")
+    base, tuned, merged = (
+        json.loads((tmp_path / "demo" / f"{name}-code-search.json").read_text())["metrics"]["nDCG@10"]
+        for name in ("base", "tuned", "merged")
     )
-    assert tuned["nDCG@10"] > base["nDCG@10"] + 0.005
+    assert tuned > base + 0.005 and merged > base
+    assert "tuned             merged" in result.stdout and "negatives mined" in result.stdout
     assert not (tmp_path / "metrics.json").exists()
 
 

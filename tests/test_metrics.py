@@ -68,6 +68,27 @@ def test_agrees_with_trec_eval(seed):
     assert means == {name: pytest.approx(values.mean()) for name, values in ours.items()}
 
 
+def flag_embedding_recall(preds, labels, cutoffs):
+    """Recall as FlagEmbedding's evaluation of MS MARCO computes it."""
+    recalls = np.zeros(len(cutoffs))
+    for pred, label in zip(preds, labels, strict=True):
+        for k, cutoff in enumerate(cutoffs):
+            recall = np.intersect1d(label, pred[:cutoff])
+            recalls[k] += len(recall) / max(min(cutoff, len(label)), 1)
+    return recalls / len(preds)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_capped_recall_is_that_of_flag_embedding(seed):
+    qrels, run = random_case(np.random.default_rng(seed))
+    gains, judged, ids = as_arrays(qrels, run)
+    labels = [[doc for doc, grade in qrels[query].items() if grade > 0] for query in run]
+    preds = [[doc for doc in row if doc] for row in ids.tolist()]
+    ours = retrieval_metrics(gains, judged, CUTOFFS)
+    expected = flag_embedding_recall(preds, labels, CUTOFFS)
+    assert [ours[f"Capped_Recall@{cutoff}"] for cutoff in CUTOFFS] == pytest.approx(expected.tolist(), abs=1e-12)
+
+
 def test_by_hand():
     gains = np.array([[0, 2, 0, 1], [0, 0, 0, 0]])
     judged = np.array([[3, 2, 1], [1, 0, 0]])

@@ -9,10 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bge_accel.search import build_index, search
 from bge_accel.store import (
     EmbeddingStore,
     Manifest,
     ShardWriter,
+    StorePart,
     choose_shard_size,
     differences,
     digest_texts,
@@ -57,6 +59,34 @@ def store(tmp_path, rows):
 
 
 # ---- reading
+
+
+@pytest.mark.parametrize(("first", "stop"), [(0, 25), (3, 9), (8, 22), (20, 25), (7, 7)])
+def test_a_part_reads_like_a_slice_of_an_array(store, rows, first, stop):
+    part, expected = StorePart(store, first, stop), rows[first:stop]
+    assert len(part) == stop - first and part.shape == expected.shape
+    np.testing.assert_array_equal(np.asarray(part), expected)
+    np.testing.assert_array_equal(np.concatenate([block for _, block in part.blocks(4)] or [expected]), expected)
+    for which in (
+        slice(2, 5),
+        slice(-3, None),
+        slice(None, None, 2),
+        slice(None, None, -1),
+        slice(4, 2),
+        [],
+        [-1, 0, 1],
+    ):
+        if len(part) or isinstance(which, slice) or not which:
+            np.testing.assert_array_equal(part[which], expected[which if which != [] else slice(0, 0)])
+    is_wanted = expected[:, 0] > 0
+    np.testing.assert_array_equal(part[is_wanted], expected[is_wanted])
+    for which in (len(part), [len(part)], [-len(part) - 1], np.ones(len(part) + 1, dtype=bool)):
+        with pytest.raises(IndexError):
+            part[which]
+    if len(part):
+        np.testing.assert_array_equal(part[-1], expected[-1])
+        scores, found = search(build_index(part), expected[:1], 2)
+        assert found[0, 0] == np.argmax(expected @ expected[0]) and len(scores[0]) == 2
 
 
 @pytest.mark.parametrize(

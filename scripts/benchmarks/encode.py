@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.evaluation import corpus_rows
+from bge_accel.evaluation_data import corpus_rows
 from bge_accel.reading import Faults
 
 

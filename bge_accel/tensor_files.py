@@ -1,0 +1,267 @@
+"""The tensors of saved models, read and written in slices, so that no model and no tensor is ever whole in memory.
+
+A safetensors file is eight bytes with the length of a JSON header, the header, and the raw bytes of the tensors; see
+https://huggingface.co/docs/safetensors.
+"""
+
+import ctypes
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_LONGEST_HEADER = 100_000_000  # the library's own limit
+
+
+class Layout(NamedTuple):
+    """What a tensor is, without its values."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+class _Place(NamedTuple):
+    """Where a tensor's bytes lie: in a file, or in memory."""
+
+    path: str
+    offset: int = 0
+    values: torch.Tensor | None = None
+    """Of a `.bin` file: (n,), mapped or, where they do not lie in order, a copy."""
+    is_mapped: bool = False
+
+
+class TensorFiles:
+    """The tensors of one model folder: `model.safetensors` or `pytorch_model.bin`, each single or sharded.
+
+    Of `.bin` files only tensors are read (`weights_only`).
+
+    Attributes:
+        tensors: the layout of each, by name.
+
+    Raises:
+        ValueError: there are none, or a file is damaged.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.tensors: dict[str, Layout] = {}
+        self._places: dict[str, _Place] = {}
+        self._handles: dict[str, int] = {}
+        found = next((name for name in (SINGLE, INDEX, BIN, BIN_INDEX) if os.path.isfile(self._path(name))), None)
+        if found is None:
+            raise ValueError(f"{folder} holds no weights: neither {SINGLE} nor {BIN}, nor the index of a sharded one")
+        wanted = self._read_index(found) if found.endswith(".json") else None
+        for name in [found] if wanted is None else sorted(set(wanted.values())):
+            path = self._path(name)
+            if not os.path.isfile(path):
+                raise ValueError(f"{path} is missing, which {found} names")
+            self._open_safetensors(path) if path.endswith(".safetensors") else self._open_bin(path)
+        if wanted is not None and wanted.keys() != self.tensors.keys():
+            name = sorted(wanted.keys() ^ self.tensors.keys())[0]
+            raise ValueError(f"{self._path(found)} and the files it names differ: {name} is in one of them only")
+
+    def read(self, name: str, start: int, into: torch.Tensor) -> None:
+        """Reads raw bytes of a tensor.
+
+        Args:
+            start: first byte, counted from the beginning of the tensor.
+            into: (bytes,) uint8, filled to its end.
+        """
+        path, offset, values, is_mapped = self._places[name]
+        if values is not None:
+            source = values.view(torch.uint8)[start : start + len(into)]
+            into.copy_(source)
+            if is_mapped:
+                _forget(source)
+            return
+        if path not in self._handles:
+            self._handles[path] = os.open(path, os.O_RDONLY)
+        view, done = into.numpy().data, 0
+        while done < len(view):
+            count = os.preadv(self._handles[path], [view[done:]], offset + start + done)
+            if count == 0:
+                raise ValueError(f"{path} ends inside the tensor {name}: it has been changed while it was read")
+            done += count
+
+    def close(self) -> None:
+        """Closes the files."""
+        for handle in self._handles.values():
+            os.close(handle)
+        self._handles.clear()
+        self._places.clear()
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _read_index(self, name: str) -> dict[str, str]:
+        path = self._path(name)
+        try:
+            with open(path, encoding="utf-8") as file:
+                files = dict(json.load(file)["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error})") from None
+        outside = next((file for file in files.values() if os.path.basename(file) != file), None)
+        if outside is not None:
+            raise ValueError(f"{path} names {outside!r}, which is not a file of this folder")
+        return files
+
+    def _open_safetensors(self, path: str) -> None:
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+                raise ValueError(f"{path} is no safetensors file, or it is cut short")
+            try:
+                header = json.loads(file.read(length))
+                header.pop("__metadata__", None)
+                entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise ValueError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
+        for name, (dtype, shape, start, stop) in entries.items():
+            if dtype not in DTYPES:
+                raise ValueError(f"{path}: the tensor {name} is of type {dtype}, which is not supported here")
+            layout = Layout(DTYPES[dtype], shape)
+            if stop - start != layout.num_bytes or start < 0 or 8 + length + stop > size:
+                raise ValueError(f"{path} does not hold the whole tensor {name}: it is cut short or damaged")
+            self._add(name, layout, _Place(path, 8 + length + start))
+
+    def _open_bin(self, path: str) -> None:
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever a damaged or foreign pickle makes of itself
+            raise ValueError(
+                f"{path} cannot be read as tensors alone ({str(error).splitlines()[0]}); load it where you trust it and "
+                "save it with save_pretrained"
+            ) from error
+        for name, tensor in loaded.items():
+            if not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
+            place = _Place(path, values=tensor.detach().reshape(-1), is_mapped=tensor.is_contiguous())
+            self._add(name, Layout(tensor.dtype, tuple(tensor.shape)), place)
+
+    def _add(self, name: str, layout: Layout, place: _Place) -> None:
+        if name in self.tensors:
+            raise ValueError(f"{place.path}: the tensor {name} is also in another file of {self.folder}")
+        self.tensors[name], self._places[name] = layout, place
+
+
+def _forget(mapped: torch.Tensor) -> None:
+    """Gives the memory of mapped bytes back to the system; read again, they come from the file."""
+    if not hasattr(mmap, "MADV_DONTNEED") or not len(mapped):
+        return
+    first = -(-mapped.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (mapped.data_ptr() + len(mapped)) // mmap.PAGESIZE * mmap.PAGESIZE
+    if last > first:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_DONTNEED)
+
+
+# ---- writing
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size like 5GB, 500MB or 1.5GiB, or a number of bytes.
+
+    Raises:
+        ValueError: it is none of these, or not positive.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?)(i?)B?", str(size).strip(), re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"the size {size!r} is not like 5GB, 500MB or 1GiB")
+    power = " KMGT".index(match[2].upper() or " ")
+    number = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+    if number < 1:
+        raise ValueError(f"the size {size!r} has to be at least one byte")
+    return number
+
+
+def plan_shards(tensors: Mapping[str, Layout], max_shard_size: int) -> dict[str, list[str]]:
+    """Names of the files to write, and of the tensors in each, in the order in which they have to be written.
+
+    A tensor that is larger than `max_shard_size` has a file to itself.
+    """
+    # Widest types first, as the format's own library has them: every tensor then starts at a multiple of its type.
+    ordered = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name in ordered:
+        if shards[-1] and size + tensors[name].num_bytes > max_shard_size:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += tensors[name].num_bytes
+    if len(shards) == 1:
+        return {SINGLE: shards[0]}
+    return {f"model-{i:05d}-of-{len(shards):05d}.safetensors": names for i, names in enumerate(shards, start=1)}
+
+
+def write_index(path: str, tensors: Mapping[str, Layout], shards: Mapping[str, Sequence[str]]) -> None:
+    """Writes the JSON that says which file holds which tensor."""
+    metadata = {
+        "total_parameters": sum(layout.numel for layout in tensors.values()),
+        "total_size": sum(layout.num_bytes for layout in tensors.values()),
+    }
+    weight_map = {name: file for file, names in shards.items() for name in names}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}, file, indent=2)
+
+
+def write_safetensors(path: str, tensors: Mapping[str, Layout], chunks: Iterable[torch.Tensor]) -> None:
+    """Writes a safetensors file.
+
+    Args:
+        tensors: what it is to hold, in this order.
+        chunks: contiguous tensors of any type whose bytes, one after another, are those of all `tensors`.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    size = 0
+    for name, layout in tensors.items():
+        offsets = [size, size := size + layout.num_bytes]
+        header[name] = {"dtype": _NAMES[layout.dtype], "shape": list(layout.shape), "data_offsets": offsets}
+    encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "wb", buffering=0) as file:
+        _write_all(file, memoryview(len(encoded).to_bytes(8, "little") + encoded))
+        for chunk in chunks:
+            view = chunk.reshape(-1).view(torch.uint8).numpy().data
+            size -= len(view)
+            _write_all(file, view)
+    assert size == 0, "the chunks are not the tensors"
+
+
+def _write_all(file: Any, view: memoryview) -> None:
+    while len(view):  # a disk that is nearly full takes a part
+        view = view[file.write(view) :]

@@ -1,0 +1,105 @@
+"""A page about a training run: curves, configuration, and, where there are any, evaluations with their samples.
+
+    python scripts/report.py --run tuned --metrics base.json tuned.json --output_file report.html
+
+The page holds all it needs and opens without a network. Metrics are what scripts/evaluate_retrieval.py writes, also of
+several systems; without --run the page is about them alone (evaluate_retrieval.py --report makes the same in one go).
+
+Every flag may also stand in a YAML file: --config run.yaml (the command line wins).
+"""
+
+import importlib.util
+import json
+import os
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from bge_accel.config import option, parse_config, user_errors
+from bge_accel.reading import Faults, find_files, read_rows
+
+
+@dataclass(kw_only=True)
+class Config:
+    """What to report on, and where to."""
+
+    run: str | None = option(None, "output folder of scripts/finetune.py: its train_log.jsonl and run_config.yaml")
+    metrics: list[str] | None = option(None, "JSON files that scripts/evaluate_retrieval.py has written")
+    output_file: str = option("report.html", "the page")
+    figures_dir: str | None = option(None, "PNG of each figure (needs matplotlib)")
+
+
+def read_log(folder: str) -> list[dict[str, Any]]:
+    """The rows of a run's `train_log.jsonl`; ValueError where there are none, or one has no step."""
+    path = os.path.join(folder, "train_log.jsonl")
+    if not os.path.isfile(path):
+        raise ValueError(f"{path} is not there: --run takes the --output_dir of a scripts/finetune.py")
+    faults, rows = Faults(), []
+    for where, _, row in read_rows(path, faults):
+        if not isinstance(row.get("step"), int):
+            faults.add(where, '"step" is missing: this is no training log')
+        rows.append(row)
+    faults.raise_if_any()
+    return rows
+
+
+def read_settings(folder: str) -> dict[str, Any]:
+    """A run's `run_config.yaml`."""
+    import yaml
+
+    path = os.path.join(folder, "run_config.yaml")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return yaml.safe_load(file) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def read_samples(settings: dict[str, Any], limit: int = 6) -> list[dict[str, Any]]:
+    """The first rows of the training data, evenly from its files, as far as those are still there."""
+    paths = [path for path in settings.get("train_data") or [] if not path.endswith((".yaml", ".yml"))]
+    files = find_files([path for path in paths if os.path.exists(path)], Faults())
+    share = -(-limit // len(files)) if files else 0
+    return [row for file in files[:limit] for _, _, row in islice(read_rows(file, Faults()), share)][:limit]
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """What an evaluation wrote; ValueError where it is something else."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            result = json.load(file)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
+    systems = result.get("systems", {"": result}) if isinstance(result, dict) else {}
+    if not systems or not all({"metrics", "samples", "score_histogram"} <= of.keys() for of in systems.values()):
+        raise ValueError(f"{path} is not what scripts/evaluate_retrieval.py writes: evaluate again")
+    return result
+
+
+def main(cfg: Config) -> None:
+    with user_errors():
+        from bge_accel.jobs import atomic_file, check_output
+
+        if cfg.run is None and not cfg.metrics:
+            raise ValueError("there is nothing to report: give --run, --metrics or both")
+        check_output("--output_file", cfg.output_file, [path for path in cfg.metrics or [] if os.path.exists(path)])
+        if cfg.figures_dir is not None and importlib.util.find_spec("matplotlib") is None:
+            raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
+        results = {path: read_result(path) for path in cfg.metrics or []}
+
+        from bge_accel.html_report import results_page, training_page
+
+        if cfg.run is not None:
+            name = os.path.basename(os.path.abspath(cfg.run))
+            log, settings = read_log(cfg.run), read_settings(cfg.run)
+            page = training_page(name, log, settings, read_samples(settings), results)
+        else:
+            page = results_page(results)
+    with atomic_file(cfg.output_file) as file:
+        file.write(page.html())
+    written = page.save_figures(cfg.figures_dir) if cfg.figures_dir is not None else []
+    print("wrote " + ", ".join([cfg.output_file, *written]))
+
+
+if __name__ == "__main__":
+    main(parse_config(Config, description=__doc__.split("\n")[0]))
