@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import shlex
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +14,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 
+from bge_accel import unpadded
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
+from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
 from bge_accel.store import (
     EmbeddingStore,
@@ -28,6 +33,20 @@ T = TypeVar("T")
 
 # Sorting reaches over this many texts at a time; more would gain nothing and hold more token ids in memory.
 WINDOW = 4096
+
+
+def line_for_all_gpus() -> str | None:
+    """What one process that runs where there are several GPUs should tell its user; else None."""
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < 2 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return None
+    command = f"accelerate launch --multi_gpu --num_processes {num_gpus} "
+    if os.path.basename(sys.argv[0]) == "encode_corpus.py":
+        return f"{num_gpus} GPUs are here and one is used; on all: {command}{shlex.join(sys.argv)}"
+    return (
+        f"{num_gpus} GPUs are here and one is used; a corpus is encoded on all of them, into a store, by: "
+        f"{command}scripts/encode_corpus.py --model_name_or_path MODEL --corpus_data FILE --output_dir STORE"
+    )
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
@@ -119,7 +138,8 @@ def encode_windows(
 ) -> Iterator[tuple[T, np.ndarray]]:
     """For each (key, texts) the key and the texts' embeddings (texts, dim), float32; the next are tokenised meanwhile.
 
-    Texts are sorted by length inside their window. Memory is bounded by `depth` + 1 windows, whatever their number.
+    Texts are sorted by length inside their window. Memory is bounded by `depth` + 2 windows, whatever their number. From
+    a GPU a window's embeddings are moved, and given out, while it computes the next window.
 
     Args:
         on_texts: called with the number of texts of each micro-batch that has been handed to the device.
@@ -128,6 +148,11 @@ def encode_windows(
     counts = EncodingCounts() if counts is None else counts
     device = next(encoder.parameters()).device
     budget = max_tokens or default_token_budget(device)
+    config: Any = encoder.backbone.config
+    is_unpadded = unpadded.is_in_use(config)
+    packed = PackedLinears(encoder.backbone)
+    # Where padding costs nothing, a micro-batch is as large as it may be.
+    more = {"overhead_tokens": budget} if is_unpadded else {}
 
     def tokenized() -> Iterator[tuple[T, TokenBatch, int]]:
         for key, texts in windows:
@@ -138,9 +163,11 @@ def encode_windows(
                 padding_side=tokenizer.padding_side,
                 max_tokens=min(budget, counts.max_tokens or budget),
                 max_texts=max_texts,
+                **more,
             )
             yield key, batch, num_truncated
 
+    waiting: tuple[T, Callable[[], np.ndarray]] | None = None
     for key, batch, num_truncated in prefetch(tokenized(), depth):
         parts: list[torch.Tensor] = []
         left = batch.micro_batches[::-1]
@@ -152,8 +179,12 @@ def encode_windows(
                 continue
             error = None
             try:
-                with torch.inference_mode():
-                    inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in micro_batch.items()}
+                with torch.inference_mode(), packed.used_for(batch.num_tokens):
+                    inputs = unpadded.pack(**micro_batch, config=config) if is_unpadded else micro_batch
+                    inputs = {
+                        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                        for name, value in inputs.items()
+                    }
                     parts.append(encoder(**inputs).float())
             except (RuntimeError, MemoryError) as raised:
                 if rows == 1 or not is_out_of_memory(raised):
@@ -176,7 +207,37 @@ def encode_windows(
         counts.num_tokens += batch.num_tokens
         counts.num_truncated += num_truncated
         # Moved at the end of a window and not after each micro-batch, for which a GPU would have to stop.
-        yield key, torch.cat(parts)[batch.restore.to(device)].cpu().numpy()
+        leaving = _to_host(torch.cat(parts)[batch.restore.to(device)])
+        if waiting is not None:
+            yield waiting[0], waiting[1]()
+        waiting = key, leaving
+        if not _is_late(device):
+            yield key, leaving()
+            waiting = None
+    if waiting is not None:
+        yield waiting[0], waiting[1]()
+
+
+def _is_late(device: torch.device) -> bool:
+    """Whether what a device computes comes after the call that asks for it."""
+    return device.type == "cuda"
+
+
+def _to_host(embeddings: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Begins to move embeddings to the host; the function that it returns waits until they are there."""
+    if embeddings.device.type != "cuda":
+        moved = embeddings.cpu().numpy()
+        return lambda: moved
+    pinned = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
+    pinned.copy_(embeddings, non_blocking=True)
+    is_there = torch.cuda.Event()
+    is_there.record(torch.cuda.current_stream(embeddings.device))
+
+    def wait() -> np.ndarray:
+        is_there.synchronize()
+        return pinned.numpy()
+
+    return wait
 
 
 def _halves(rows: int) -> tuple[slice, slice]:
@@ -298,6 +359,8 @@ class EmbeddingModel:
         device: as torch names it; by default the GPU if there is one.
         dtype: torch dtype or its name; "auto" is float32 on a CPU and float16 on a GPU.
         pooling: "cls", "mean" or "last_token".
+        attention: "padded", or without padding by one of `unpadded.KERNELS`; "auto" is the fast one that the device,
+            the precision and the model allow, else "padded".
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
@@ -313,6 +376,7 @@ class EmbeddingModel:
         dtype: str | torch.dtype = "auto",
         pooling: str | None = None,
         normalize: bool | None = None,
+        attention: str = "auto",
         query_instruction: str | None = None,
         query_instruction_format: str = "{}{}",
         passage_instruction: str | None = None,
@@ -327,6 +391,8 @@ class EmbeddingModel:
         token: str | None = None,
     ) -> None:
         self.device = torch.device(device) if device is not None else default_device()
+        if device is None and (line := line_for_all_gpus()) is not None:
+            warnings.warn(line, stacklevel=2)
         if dtype == "auto":
             dtype = torch.float32 if self.device.type == "cpu" else torch.float16
         self.encoder, self.tokenizer, self.settings = load_encoder(
@@ -341,6 +407,9 @@ class EmbeddingModel:
             token=token,
         )
         self.encoder.to(self.device)
+        kernel = unpadded.choose_kernel(self.encoder.backbone) if attention == "auto" else attention
+        if kernel is not None and kernel != "padded":
+            unpadded.use_kernel(self.encoder.backbone, kernel)
         self.name, self.counts = model_name_or_path, EncodingCounts()
         self.batch_size = batch_size
         assert self.settings.max_length is not None

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bge_accel.unpadded import pool_packed
+
 POOLING_METHODS = ("cls", "mean", "last_token")
 # Our names are FlagEmbedding's; these are sentence-transformers'.
 _POOLING_TO_ST = {"cls": "cls", "mean": "mean", "last_token": "lasttoken"}
@@ -99,11 +101,20 @@ class Encoder(torch.nn.Module):
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
         self.config = backbone.config  # where DeepSpeed looks for the model's width
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """(n, length) token ids and mask to (n, dim) embeddings, pooled and normalised in float32 or better."""
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **packed: Any
+    ) -> torch.Tensor:
+        """(n, length) token ids and mask to (n, dim) embeddings, pooled and normalised in float32 or better.
+
+        Args:
+            packed: instead of the mask, what `unpadded.pack` gives, after `unpadded.use_kernel`.
+        """
+        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **packed).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            pooled = pool(hidden, attention_mask, self.pooling)
+            if attention_mask is None:
+                pooled = pool_packed(hidden[0], packed["starts"], self.pooling)
+            else:
+                pooled = pool(hidden, attention_mask, self.pooling)
             if pooled.dtype in (torch.float16, torch.bfloat16):
                 pooled = pooled.float()
             return F.normalize(pooled, dim=-1) if self.normalize else pooled

@@ -1,4 +1,4 @@
-"""Nearest neighbours by inner product: FAISS, or PyTorch in blocks where FAISS is not installed or would need a copy.
+"""Nearest neighbours by inner product: exact in blocks by PyTorch, approximate or on GPUs by FAISS.
 
 Embeddings are an array, a mapped file or an `EmbeddingStore`; the last two are searched exactly where they lie, a block
 at a time, so that memory does not grow with the corpus.
@@ -9,7 +9,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ import numpy as np
 from bge_accel.store import EmbeddingStore
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
-ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 256
-GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: half a gigabyte of scores
+ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 512
+GROUP = 64  # scores that are compared by their largest alone
+GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: a gigabyte of scores
 MAX_TRAINING_VECTORS = 1_000_000
 FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
@@ -252,60 +253,86 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
 def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     import faiss
 
-    is_flat = isinstance(index, faiss.IndexFlat)
-    # One passage more shows whether a tie runs across the k-th place, where FAISS keeps either passage.
-    scores, indices = index.search(q_emb, min(k + 1, index.ntotal) if is_flat else k)
+    if isinstance(index, faiss.IndexFlat):  # the block search decides ties, and its matrix product is the faster one
+        vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
+        return _search_torch(vectors, q_emb, k, "cpu")
+    scores, indices = index.search(q_emb, k)
     scores[indices < 0] = -np.inf
     order = np.lexsort((indices, -scores), axis=-1)
-    scores, indices = np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
-    if scores.shape[1] > k:
-        tied = scores[:, k - 1] == scores[:, k]
-        scores, indices = scores[:, :k].copy(), indices[:, :k].copy()
-        if tied.any():
-            vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-            scores[tied], indices[tied] = _search_torch(vectors, q_emb[tied], k)
-    return scores, indices
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
 
-def _search_torch(corpus_emb: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search in blocks; holds the result, one block of the corpus and one of the score matrix.
+def _search_torch(
+    corpus_emb: Any, q_emb: np.ndarray, k: int, device_name: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search in blocks, on the GPU if there is one and no other device is named.
+
+    Holds the result, one block of the corpus and one of the score matrix.
 
     `topk` keeps any of equal values. So each score is made one integer with its passage's number: the upper half sorts
-    as the score does, the lower half counts the passages down. Once a query has k passages, only those that score more
-    than the last of them are looked at (a later passage of the same score has the larger number and loses).
+    as the score does, the lower half counts the passages down. Making and sorting these is what costs beside the
+    product itself, so it is done for few: those that score at least as much as the k-th of the block or, once a query
+    has k passages, more than the last of them (a later passage of the same score has the larger number and loses).
     """
     import torch
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
     factor = GPU_BLOCK_FACTOR if device.type == "cuda" else 1
     num_passages = len(corpus_emb)
     queries = torch.from_numpy(q_emb).to(device).split(QUERY_BLOCK * factor)
     best = [torch.empty((len(rows), 0), dtype=torch.int64, device=device) for rows in queries]
-    start = 0
-    for array in _float32_blocks(corpus_emb, CORPUS_BLOCK * factor, "passage"):
-        block = torch.from_numpy(array).to(device)
+    buffer = torch.empty(len(queries[0]) * min(CORPUS_BLOCK * factor, num_passages), device=device)
+    for start in range(0, num_passages, CORPUS_BLOCK * factor):
+        block = _tensor(corpus_emb[start : start + CORPUS_BLOCK * factor]).to(device).float()
         countdown = num_passages - 1 - torch.arange(start, start + len(block), device=device)
         for part, rows in enumerate(queries):
-            scores = rows @ block.T
-            if best[part].shape[1] < k:
-                keys = _keys(scores, countdown)
-            else:
+            scores = buffer[: len(rows) * len(block)].view(len(rows), len(block))
+            torch.mm(rows, block.T, out=scores)
+            if best[part].shape[1] == k:
                 last = _sortable((best[part][:, -1] >> 32).int()).view(torch.float32)
-                place = _true_places((scores > last[:, None]).view(-1))
-                if not len(place):
-                    continue
-                row = place // len(block)
-                found = _keys(scores.view(-1)[place], countdown[place - row * len(block)])
+                row, column = _places(scores, last)
+            elif k < len(block):
+                last = scores.topk(k, dim=1).values[:, -1]
+                row, column = _places(scores, last.nextafter(last.new_tensor(-torch.inf)))
+            else:
+                row, column = _places(scores, scores.new_full((len(rows),), -torch.inf))
+            if len(row):
+                found = _keys(scores[row, column], countdown[column])
                 num_found = torch.bincount(row, minlength=len(rows))
-                column = torch.arange(len(row), device=device) - (num_found.cumsum(0) - num_found)[row]
+                rank = torch.arange(len(row), device=device) - (num_found.cumsum(0) - num_found)[row]
                 keys = found.new_full((len(rows), int(num_found.max())), torch.iinfo(torch.int64).min)
-                keys[row, column] = found
-            keys = torch.cat([best[part], keys], dim=1)
-            best[part] = keys.topk(min(k, keys.shape[1]), dim=1).values
-        start += len(block)
+                keys[row, rank] = found
+                keys = torch.cat([best[part], keys], dim=1)
+                best[part] = keys.topk(min(k, keys.shape[1]), dim=1).values
     keys = torch.cat(best)
     indices = num_passages - 1 - (keys & 0xFFFFFFFF)
     return _sortable((keys >> 32).int()).view(torch.float32).cpu().numpy(), indices.cpu().numpy()
+
+
+def _tensor(rows: np.ndarray) -> Any:
+    """Rows as a tensor, not copied where they are contiguous; read only, as a mapped file is."""
+    import torch
+
+    rows = np.ascontiguousarray(rows)
+    if not rows.flags.writeable:  # torch would warn that it cannot tell a tensor not to be written to
+        address, _ = rows.__array_interface__["data"]
+        owner = SimpleNamespace(rows=rows, __array_interface__={**rows.__array_interface__, "data": (address, False)})
+        rows = np.asarray(owner)
+    return torch.from_numpy(rows)
+
+
+def _places(scores: Any, last: Any) -> tuple[Any, Any]:
+    """Row and column of the scores (n, m) that are larger than their row's `last` (n,), row by row.
+
+    Most groups of scores hold none, which their maximum shows.
+    """
+    size = GROUP if scores.shape[1] % GROUP == 0 else 1
+    groups = scores.view(len(scores), -1, size)
+    group = _true_places((groups.amax(dim=2) > last[:, None]).view(-1))
+    row = group // groups.shape[1]
+    place = _true_places((groups.view(-1, size)[group] > last[row][:, None]).view(-1))
+    which = place // size
+    return row[which], group[which] % groups.shape[1] * size + place % size
 
 
 def _keys(scores: Any, countdown: Any) -> Any:

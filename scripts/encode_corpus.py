@@ -131,7 +131,7 @@ def main(cfg: Config) -> None:
     from accelerate.utils import broadcast_object_list, gather_object
     from tqdm import tqdm
 
-    from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store
+    from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store, line_for_all_gpus
     from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16
 
     # The others wait while the first reads all texts.
@@ -139,11 +139,9 @@ def main(cfg: Config) -> None:
     state = PartialState(cpu=on_cpu, **({"timeout": timedelta(days=7)} if "RANK" in os.environ else {}))
     wanted_processes = int(os.environ.get("WORLD_SIZE", "1"))
     assert state.num_processes == wanted_processes, f"{state.num_processes} of {wanted_processes} processes connected"
-    if torch.cuda.device_count() > 1 and state.num_processes == 1:
-        num_gpus = torch.cuda.device_count()
-        print(
-            f"{num_gpus} GPUs are here and one is used; on all: accelerate launch --multi_gpu --num_processes {num_gpus} ..."
-        )
+    line = line_for_all_gpus()
+    if line is not None:
+        print(line, flush=True)
 
     # ---- read and check all texts once, on the first process
     count, digest = 0, ""
@@ -160,8 +158,9 @@ def main(cfg: Config) -> None:
         precision = auto if cfg.precision == "auto" else cfg.precision
         if precision == "fp16" and on_cpu:
             raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
-        if precision == "bf16" and on_cpu and not cpu_has_bf16() and state.is_main_process:
-            warn("this CPU has no bfloat16 arithmetic and emulates it: --precision fp32 is many times as fast")
+        if precision == "bf16" and on_cpu and not cpu_is_faster_in_bf16() and state.is_main_process:
+            how = "is slower in bfloat16 than in float32" if cpu_has_bf16() else "has to emulate bfloat16"
+            warn(f"this CPU {how}: --precision fp32 is faster")
         model = EmbeddingModel(
             cfg.model_name_or_path,
             device=state.device,

@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -89,6 +90,36 @@ def test_order_and_batches_change_nothing(model, one_by_one, batch_size):
 def test_windows_change_nothing(model, one_by_one, window, monkeypatch):
     monkeypatch.setattr(encoding, "WINDOW", window)
     assert close(model.encode(TEXTS), one_by_one)
+
+
+def test_windows_that_come_late_are_all_there_and_in_order(model, one_by_one, monkeypatch):
+    """As from a GPU: a window is given out when the next has been computed."""
+    monkeypatch.setattr(encoding, "_is_late", lambda device: True)
+    for num_windows in range(4):
+        computed, windows = [], [(number, TEXTS[number : number + 5]) for number in range(num_windows)]
+        found = encoding.encode_windows(
+            model.encoder, model.tokenizer, windows, max_length=128, on_texts=computed.append
+        )
+        for number, (key, window) in enumerate(found):
+            assert key == number and close(window, one_by_one[number : number + 5])
+            assert sum(computed) == 5 * min(number + 2, num_windows)
+        assert sum(computed) == 5 * num_windows
+
+
+def test_several_gpus_name_the_command_that_uses_them(folder, monkeypatch):
+    assert encoding.line_for_all_gpus() is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("sys.argv", ["scripts/encode_corpus.py", "--output_dir", "a b"])
+    launch = "accelerate launch --multi_gpu --num_processes 4 scripts/encode_corpus.py"
+    assert encoding.line_for_all_gpus().endswith(f"{launch} --output_dir 'a b'")
+    monkeypatch.setattr("sys.argv", ["mine.py", "--x"])
+    with pytest.warns(UserWarning, match=f"4 GPUs are here and one is used.*{launch} --model_name_or_path MODEL"):
+        EmbeddingModel(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        EmbeddingModel(folder, device="cpu")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert encoding.line_for_all_gpus() is None
 
 
 @pytest.fixture

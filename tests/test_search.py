@@ -4,11 +4,13 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from importlib.metadata import distributions
 from itertools import pairwise
 
 import numpy as np
 import pytest
+import torch
 from conftest import REPO
 from warm_start import FORKS
 
@@ -260,6 +262,28 @@ def test_scores_that_rise_through_the_corpus(order, tmp_path, monkeypatch):
     q_emb = np.abs(rng.standard_normal((20, 8))).astype(np.float32)
     found = search(build_index(on_disk("store", tmp_path, corpus_emb)), q_emb, 25)[1]
     np.testing.assert_array_equal(found, brute_force(corpus_emb, q_emb, 25)[1])
+
+
+def test_a_mapped_file_is_read_without_a_copy_and_without_a_warning(tmp_path):
+    corpus_emb = on_disk("memmap", tmp_path, unit_vectors(300))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tensor = search_module._tensor(corpus_emb[100:200])
+    assert tensor.data_ptr() == corpus_emb.ctypes.data + 100 * 16 * 4
+    np.testing.assert_array_equal(tensor.numpy(), corpus_emb[100:200])
+    assert search_module._tensor(corpus_emb[:, :5]).is_contiguous()
+
+
+@pytest.mark.parametrize("width", [64, 100, 640])
+def test_the_places_of_large_scores(width):
+    scores = torch.from_numpy(np.random.default_rng(width).standard_normal((30, width)).astype(np.float32))
+    last = torch.linspace(-4, 4, 30)
+    row, column = search_module._places(scores, last)
+    expected = np.nonzero(scores.numpy() > last.numpy()[:, None])
+    np.testing.assert_array_equal(row, expected[0])
+    assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == list(
+        zip(*map(np.ndarray.tolist, expected), strict=True)
+    )
 
 
 def test_a_damaged_mapped_file_is_found(tmp_path):

@@ -1,0 +1,65 @@
+"""Linear layers whose weights lie as this CPU multiplies them, for as long as a window of texts is encoded.
+
+oneDNN otherwise rearranges each weight again for every micro-batch.
+"""
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+
+# Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
+MIN_TOKENS = 16384
+
+
+def can_pack(module: Any) -> bool:
+    """Whether a layer computes the same from a rearranged weight."""
+    return (
+        type(module) is torch.nn.Linear
+        and type(module.weight) is torch.nn.Parameter  # not a part of a sharded one
+        and module.weight.device.type == "cpu"
+        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and "forward" not in module.__dict__
+    )
+
+
+class PackedLinears:
+    """The rearranged weights of a model's linear layers: a second copy of them, made when it is first used.
+
+    Made anew for each encoding, so that it never outlives a change of the weights.
+    """
+
+    def __init__(self, backbone: torch.nn.Module) -> None:
+        self.backbone = backbone
+        self.weights: dict[Any, torch.Tensor] | None = None
+        self.is_available = (
+            platform.machine().lower() in ("x86_64", "amd64")
+            and torch.backends.mkldnn.is_available()
+            and not torch.is_autocast_enabled("cpu")
+            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+        )
+
+    @contextmanager
+    def used_for(self, num_tokens: int) -> Iterator[None]:
+        """Within, the layers compute with the rearranged weights, if that pays for so many tokens; without gradients."""
+        if not self.is_available or num_tokens < MIN_TOKENS:
+            yield
+            return
+        if self.weights is None:
+            layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
+            self.weights = {layer: torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) for layer in layers}
+        for layer, weight in self.weights.items():
+            layer.forward = partial(_linear, weight, layer.bias)
+        try:
+            yield
+        finally:
+            for layer in self.weights:
+                layer.__dict__.pop("forward", None)
+
+
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")

@@ -1,0 +1,168 @@
+"""Encoders without padding: the tokens of all texts in one row, and attention that keeps the texts apart.
+
+Everything from the embeddings to the pooling then computes real tokens alone. Only attention has to know where a text
+ends, so transformers' registries get an attention function that does; the model's own code runs unchanged. The kernel
+is torch's (`torch.nn.attention.varlen`) or that of the package flash_attn, both on GPUs and in half precision; "plain"
+attends text by text with torch's ordinary attention, anywhere and in any precision. All are differentiable.
+"""
+
+import importlib.util
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+# What computes attention over packed texts: query, key and value (tokens, heads, head_dim), `starts` (texts + 1,) int32
+# on their device, and the length of the longest text; returns (tokens, heads, head_dim).
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+
+# Absolute positions, and keyword arguments that reach the attention function.
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
+PREFIX = "bge_accel_unpadded_"
+
+
+def attend_torch(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """torch's kernel for texts of different lengths: on a GPU, float16 or bfloat16."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    attended = varlen_attn(query, key, value, starts, starts, longest, longest)
+    assert isinstance(attended, torch.Tensor)
+    return attended
+
+
+def attend_flash_attn(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """The kernel of the package flash_attn: on a GPU, float16 or bfloat16."""
+    from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
+
+    return flash_attn_varlen_func(query, key, value, starts, starts, longest, longest)
+
+
+def attend_plain(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """Text by text with torch's ordinary attention; the meaning of the other two, not their speed."""
+    lengths = starts.diff().tolist()
+    parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+    attended = [F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in text)) for text in parts]
+    return torch.cat([text.transpose(0, 1) for text in attended])
+
+
+KERNELS: dict[str, Kernel] = {"torch": attend_torch, "flash_attn": attend_flash_attn, "plain": attend_plain}
+
+
+def choose_kernel(backbone: Any) -> str | None:
+    """The kernel that is fast for a model where it lies and in its precision; None where padding has to do."""
+    parameter = next(backbone.parameters())
+    if parameter.device.type != "cuda" or parameter.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if torch.version.hip or torch.cuda.get_device_capability(parameter.device) < (8, 0):
+        return None
+    config = backbone.config
+    head_dim = config.hidden_size // max(getattr(config, "num_attention_heads", 1), 1)
+    if why_not(backbone) is not None or head_dim % 8 or head_dim > 256:
+        return None
+    if importlib.util.find_spec("torch.nn.attention.varlen") and torch.backends.cuda.is_flash_attention_available():
+        return "torch"
+    return "flash_attn" if importlib.util.find_spec("flash_attn") else None
+
+
+def why_not(backbone: Any) -> str | None:
+    """Why a model cannot run without padding, or None where it can."""
+    config = backbone.config
+    if config.model_type not in MODEL_TYPES:
+        return f"models of type {config.model_type} are not supported ({', '.join(MODEL_TYPES)} are)"
+    if getattr(config, "is_decoder", False):
+        return "it is set up as a decoder"
+    if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
+        return "its positions are relative"
+    current = config._attn_implementation
+    return None if current == "sdpa" or is_in_use(config) else f"it was loaded with {current} attention"
+
+
+def is_in_use(config: Any) -> bool:
+    """Whether the model of this configuration has been given a kernel by `use_kernel`."""
+    return str(getattr(config, "_attn_implementation", None)).startswith(PREFIX)
+
+
+def use_kernel(backbone: Any, kernel: str) -> None:
+    """Has a model take packed texts as well; padded ones go as before.
+
+    Raises:
+        ValueError: there is no such kernel, or the model cannot run without padding.
+    """
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    if kernel not in KERNELS:
+        raise ValueError(f"attention {kernel!r} is not one of {', '.join(KERNELS)}")
+    reason = why_not(backbone)
+    if reason is not None:
+        raise ValueError(f"this model cannot run without padding: {reason}")
+    AttentionInterface.register(PREFIX + kernel, partial(_attention, KERNELS[kernel]))
+    AttentionMaskInterface.register(PREFIX + kernel, sdpa_mask)
+    backbone.set_attn_implementation(PREFIX + kernel)
+
+
+def _attention(
+    kernel: Kernel,
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    starts: torch.Tensor | None = None,
+    longest: int = 0,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim)."""
+    if starts is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout:
+        raise ValueError("attention without padding has no dropout: set the model's attention dropout to 0")
+    assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return kernel(query, key, value, starts, longest)[None], None
+
+
+def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> dict[str, Any]:
+    """Padded texts as `Encoder.forward` takes them packed; on a CPU, where it makes no GPU wait.
+
+    Args:
+        input_ids, attention_mask: (n, width), padded on either side.
+        config: of the model, whose positions may begin after the padding index.
+
+    Returns:
+        `input_ids` and `position_ids` (1, tokens), `starts` (n + 1,) int32: where each text begins and the last ends,
+        and `longest`: the tokens of the longest text.
+    """
+    is_token = attention_mask.bool()
+    first = 0 if config.model_type == "bert" else config.pad_token_id + 1
+    starts = torch.zeros(len(input_ids) + 1, dtype=torch.int32)
+    starts[1:] = is_token.sum(1).cumsum(0)
+    return {
+        "input_ids": input_ids[is_token][None],
+        "position_ids": (is_token.long().cumsum(1) - 1 + first)[is_token][None],
+        "starts": starts,
+        "longest": int(starts.diff().max()),
+    }
+
+
+def pool_packed(hidden: torch.Tensor, starts: torch.Tensor, method: str) -> torch.Tensor:
+    """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `model.pool` does for padded ones."""
+    if method == "mean":
+        precise = hidden if hidden.dtype == torch.float64 else hidden.float()
+        # Not index_add, whose sums on a GPU differ from run to run.
+        return torch.segment_reduce(precise, "mean", lengths=starts.diff().long(), unsafe=True)
+    return hidden[starts[:-1] if method == "cls" else starts[1:] - 1]

@@ -1,0 +1,75 @@
+"""Rearranged weights: the same embeddings, never stale, nothing left on the model."""
+
+import numpy as np
+import pytest
+import torch
+
+from bge_accel import EmbeddingModel, encoding, packed_linear
+from bge_accel.packed_linear import PackedLinears
+
+TEXTS = [f"the king and {'the story ' * (number % 11)}{number}" for number in range(40)]
+
+
+@pytest.fixture
+def packing(monkeypatch):
+    """As if it always paid; counts the layers computed so. Skips where this machine does not do it."""
+    if not PackedLinears(torch.nn.Linear(2, 2)).is_available:
+        pytest.skip("this torch or CPU has no rearranged weights")
+    seen, linear = [], packed_linear._linear
+    monkeypatch.setattr(packed_linear, "MIN_TOKENS", 0)
+    monkeypatch.setattr(packed_linear, "_linear", lambda *inputs: seen.append(1) or linear(*inputs))
+    return seen
+
+
+def plain_embeddings(model, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(packed_linear, "MIN_TOKENS", 10**9)
+        return model.encode(TEXTS)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-6), ("bfloat16", 2e-2), ("float64", 0)])
+def test_embeddings_are_the_same(tiny_model, packing, dtype, tolerance, monkeypatch):
+    model = EmbeddingModel(tiny_model, device="cpu", dtype=dtype)
+    expected = plain_embeddings(model, monkeypatch)
+    assert not packing
+    ours = model.encode(TEXTS)
+    np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=0)
+    assert np.min((ours * expected).sum(1)) > 0.9999
+    assert len(packing) % 13 == 0 and bool(packing) == (dtype != "float64")  # two layers of six, and the pooler
+
+
+def test_weights_changed_between_calls_are_seen(tiny_model, packing, monkeypatch):
+    model = EmbeddingModel(tiny_model, device="cpu")
+    before = model.encode(TEXTS)
+    with torch.no_grad():
+        for parameter in model.encoder.parameters():
+            parameter.mul_(1.1)
+    after = model.encode(TEXTS)
+    assert np.abs(after - before).max() > 1e-3
+    np.testing.assert_allclose(after, plain_embeddings(model, monkeypatch), atol=1e-6)
+
+
+def test_nothing_is_left_on_the_model(tiny_model, packing):
+    model = EmbeddingModel(tiny_model, device="cpu")
+    windows = encoding.encode_windows(model.encoder, model.tokenizer, [(0, TEXTS), (1, TEXTS)], max_length=64)
+    next(windows)  # between windows a caller may train
+    assert packing and not any("forward" in module.__dict__ for module in model.encoder.modules())
+    model.encoder.train()(torch.tensor([[2, 5, 3]]), torch.ones(1, 3))[:, :7].sum().backward()
+    assert model.encoder.backbone.encoder.layer[0].output.dense.weight.grad.abs().max() > 0
+    windows.close()
+
+
+def test_few_tokens_are_not_worth_it(tiny_model, packing, monkeypatch):
+    model = EmbeddingModel(tiny_model, device="cpu")
+    monkeypatch.setattr(packed_linear, "MIN_TOKENS", 100)
+    model.encode("the king")
+    assert not packing
+    model.encode(TEXTS)
+    assert packing
+
+
+def test_under_autocast_the_layers_stay_as_they_are(tiny_model, packing):
+    model = EmbeddingModel(tiny_model, device="cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        model.encode(TEXTS)
+    assert not packing
