@@ -455,6 +455,7 @@ class EmbeddingModel:
         max_length: int | None = None,
         convert_to_numpy: bool | None = None,
         show_progress: bool = False,
+        **mteb: Any,
     ) -> np.ndarray | torch.Tensor:
         """Embeddings of texts as they stand, without an instruction.
 
@@ -464,7 +465,14 @@ class EmbeddingModel:
             max_length: tokens that a text is cut to; never more than the model has positions.
             convert_to_numpy: False gives a torch tensor on the CPU.
             show_progress: a progress bar.
+            mteb: what the mteb package calls its encoders with, see `mteb_model.encode_batches`.
         """
+        if "task_metadata" in mteb:
+            from bge_accel.mteb_model import encode_batches
+
+            return encode_batches(self, sentences, batch_size=batch_size, **mteb)
+        if mteb:
+            raise TypeError(f"encode() got an unexpected keyword argument {next(iter(mteb))!r}")
         return self._encode(sentences, "", batch_size, max_length, convert_to_numpy, show_progress, "texts")
 
     def describe_store(
@@ -558,6 +566,21 @@ class EmbeddingModel:
         wanted = self.describe_store(*digest_texts(corpus), kind=kind, max_length=max_length)
         return EmbeddingStore(folder, wanted, ignore=("dtype",))
 
+    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products (n1, n2) of every embedding of the one with every one of the other; mteb asks for it."""
+        return as_matrix(embeddings1) @ as_matrix(embeddings2).T
+
+    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
+        """Inner products (n,) of embeddings in pairs; mteb asks for it."""
+        return (as_matrix(embeddings1) * as_matrix(embeddings2)).sum(dim=1)
+
+    @property
+    def mteb_model_meta(self) -> Any:
+        """What mteb files results under; mteb has to be installed."""
+        from bge_accel.mteb_model import model_meta
+
+        return model_meta(self)
+
     def _length(self, max_length: int | None) -> int:
         return min(max_length or self.max_length, max_positions(self.encoder.backbone.config))
 
@@ -585,6 +608,12 @@ class EmbeddingModel:
         result = embeddings[0] if isinstance(texts, str) else embeddings
         wants_numpy = self.convert_to_numpy if convert_to_numpy is None else convert_to_numpy
         return result if wants_numpy else torch.from_numpy(result)
+
+
+def as_matrix(embeddings: Any) -> torch.Tensor:
+    """A vector or an array of embeddings as a tensor (n, dim) float32."""
+    tensor = embeddings if isinstance(embeddings, torch.Tensor) else torch.as_tensor(np.asarray(embeddings))
+    return tensor.float().reshape(-1, tensor.shape[-1])
 
 
 class FlagModel(EmbeddingModel):

