@@ -6,7 +6,7 @@ The same texts, weights, maximum length and pooling for all; tokens are counted 
 second are those of the best of --rounds, the ratios the median of the rounds' ratios. Each tool runs with its own
 batching: both others sort by length and cut batches of 32 and of 256 texts, of which the better counts. "default" is
 each tool as it comes: here the precision that encode_corpus.py chooses, in sentence-transformers float32, in
-FlagEmbedding its default (float16, which on a CPU is float32). The share is that of this machine's rate for large
+FlagEmbedding its default (float16; on a CPU it computes in float32 whatever it is told, under "bf16" too). The share is that of this machine's rate for large
 matrix products in the same precision, measured in the same run.
 
 sentence-transformers is in requirements-dev.txt. FlagEmbedding wants packages that encoding does not need; without them:
