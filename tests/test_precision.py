@@ -54,13 +54,28 @@ def test_auto_is_what_is_fast_without_a_word(bf16_of_cpu: str) -> None:
     assert choose_precision("fp8", CPU) == ("fp8", None) and choose_precision(None, CPU) == (None, None)
 
 
-def test_the_measurement_runs_and_needs_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu_is_faster_in_bf16.cache_clear()
+@pytest.mark.parametrize(
+    ("has_bf16", "machine", "amx", "amd", "expected"),
+    [
+        (True, "x86_64", True, False, True),
+        (True, "x86_64", False, True, True),
+        (True, "x86_64", False, False, False),
+        (True, "aarch64", False, False, True),
+        (False, "x86_64", True, True, False),
+    ],
+)
+def test_the_kind_of_cpu_decides(
+    monkeypatch: pytest.MonkeyPatch, has_bf16: bool, machine: str, amx: bool, amd: bool, expected: bool
+) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: has_bf16)
+    monkeypatch.setattr(precision.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(precision, "_is_amd", lambda: amd)
+    assert cpu_is_faster_in_bf16() is expected
+
+
+def test_this_cpu_answers() -> None:
     assert cpu_is_faster_in_bf16() in (True, False) and (cpu_has_bf16() or not cpu_is_faster_in_bf16())
-    cpu_is_faster_in_bf16.cache_clear()
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
-    assert not cpu_is_faster_in_bf16()
-    cpu_is_faster_in_bf16.cache_clear()
 
 
 def test_refuses_both_and_asks_the_default_device() -> None:
