@@ -121,7 +121,7 @@ def main(cfg: Config) -> None:
     run(
         mine,
         *("--model_name_or_path", model, "--input_file", train, "--output_file", mined),
-        *("--range_for_sampling", "0-20", "--negative_number", 3, "--relative_margin", 0.05),
+        *("--range_for_sampling", "5-50", "--negative_number", 3),
         *("--max_length", cfg.max_length),
     )
 
