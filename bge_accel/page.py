@@ -29,7 +29,7 @@ p { margin: 0 0 10px; max-width: 92ch } .muted { color: var(--muted) }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; margin: 22px 0 0 }
 .tile { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 12px 18px; min-width: 132px }
 .tile b { display: block; font-size: 22px; font-weight: 600; font-variant-numeric: tabular-nums } .tile span { color: var(--muted); font-size: 13px }
-.figures { margin: 18px 0; display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 16px }
+.figures { margin: 18px 0; display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 16px }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 16px 8px }
 figcaption { font-weight: 600; display: flex; flex-wrap: wrap; gap: 2px 16px; align-items: baseline; margin-bottom: 6px }
 .key { font-weight: 400; font-size: 13px; color: var(--muted) } .key i { display: inline-block; width: 11px; height: 11px;
@@ -46,7 +46,7 @@ th, td { padding: 7px 14px; text-align: right; white-space: nowrap; border-botto
 tr:last-child td { border-bottom: 0 } th { font-size: 13px; color: var(--muted); font-weight: 500 }
 th:first-child, td:first-child { text-align: left } td.up { color: var(--good) } td.down { color: var(--bad) }
 table.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere } table.settings td:first-child { width: 280px; color: var(--muted) }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(440px, 1fr)); gap: 12px }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(440px, 1fr)); gap: 12px }
 .card { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 14px 18px; overflow-wrap: anywhere }
 .card .query { font-weight: 600 } .card .rank { color: var(--muted); font-size: 13px; margin: 2px 0 8px }
 .card dl { margin: 0; font-size: 14px } .card dt { color: var(--muted); font-size: 13px; margin-top: 8px }
