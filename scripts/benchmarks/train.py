@@ -80,7 +80,6 @@ def common_flags(job: dict) -> list[str]:
         "normalize_embeddings": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "warmup_ratio": 0,
         "report_to": "none",
     }
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
