@@ -1,7 +1,7 @@
 # make demo            the main job on real input: evaluate, mine, fine-tune, merge (under 10 minutes on two cores)
 # make demo MODEL=...  the same with another encoder: a folder or a name on the hub
 # make test            every test but the long proofs; make test-slow runs those
-# make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (an hour on two cores)
+# make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
 # make lint            ruff and mypy
 
 PYTHON ?= python3
