@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bge_accel.evaluation_data import EvaluationData, Judgements
-from bge_accel.evaluation_data import read_evaluation_data as read_evaluation_data
 from bge_accel.jobs import from_first, gather, rank_and_world, share_of
 from bge_accel.metrics import per_query_metrics, trec_order
 from bge_accel.reading import shorten

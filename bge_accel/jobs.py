@@ -46,26 +46,15 @@ class Processes:
 
     def on_first(self, work: Callable[[], None]) -> None:
         """Does it on the first process while the others wait; what is wrong is raised by all."""
-        said: list[str | None] = [None]
-        if self.rank == 0:
-            try:
-                work()
-            except ValueError as error:
-                said = [str(error)]
-        if self.world > 1:
-            import torch.distributed as dist
-
-            dist.broadcast_object_list(said, src=0)
-        if said[0] is not None:
-            raise ValueError(said[0])
+        from_first(work)
 
 
 def rank_and_world() -> tuple[int, int]:
     """This process's number, and how many there are."""
     import torch.distributed as dist
 
-    isshare_ofd = dist.is_available() and dist.is_initialized()
-    return (dist.get_rank(), dist.get_world_size()) if isshare_ofd else (0, 1)
+    is_connected = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if is_connected else (0, 1)
 
 
 def share_of(total: int, rank: int, world: int) -> tuple[int, int]:
@@ -87,15 +76,17 @@ def gather(value: T) -> list[T]:
 
 def from_first(work: Callable[[], T]) -> T:
     """What the first process finds; a ValueError there is raised by all."""
-    import torch.distributed as dist
-
+    rank, world = rank_and_world()
     said: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    if rank == 0:
         try:
             said[0] = work()
         except ValueError as error:
             said[1] = str(error)
-    dist.broadcast_object_list(said, src=0)
+    if world > 1:
+        import torch.distributed as dist
+
+        dist.broadcast_object_list(said, src=0)
     if said[1] is not None:
         raise ValueError(said[1])
     return said[0]

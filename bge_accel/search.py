@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.jobs import gather
 from bge_accel.store import EmbeddingStore
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
@@ -160,13 +161,8 @@ def search_over_processes(index: Any, q_emb: np.ndarray, k: int, first_row: int)
         q_emb: all queries, the same on every process.
         first_row: number that the first passage of this part has in the whole.
     """
-    import torch.distributed as dist
-
     ours = None if index is None else search(index, q_emb, k)
-    parts: list[Any] = [(ours, first_row)]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (ours, first_row))
+    parts = gather((ours, first_row))
     held = [(part, first) for part, first in parts if part is not None]
     if not held:
         raise ValueError("no process holds a part of the corpus")

@@ -8,6 +8,7 @@ import numpy as np
 
 from bge_accel.evaluation import choose_cutoffs, evaluate_embeddings
 from bge_accel.evaluation_data import Corpus, EvaluationData, Judgements, Queries, read_evaluation_data
+from bge_accel.jobs import from_first, rank_and_world
 from bge_accel.reading import text_id
 from bge_accel.rows import TrainingRows
 
@@ -48,8 +49,6 @@ def evaluate_in_training(
     """
     import torch
 
-    from bge_accel.distributed import is_distributed
-
     was_training = model.training
     model.eval()
     common: dict[str, Any] = {"device": device, "max_tokens": settings.max_tokens}
@@ -61,12 +60,7 @@ def evaluate_in_training(
             model, tokenizer, data.corpus.texts, settings.passage_prefix, settings.passage_max_len, **common
         )
     model.train(was_training)
-    metrics: list[Any] = [None]
-    if not is_distributed() or torch.distributed.get_rank() == 0:
-        metrics = [evaluate_embeddings(q_emb, p_emb, data, k=DEPTH).metrics]
-    if is_distributed():
-        torch.distributed.broadcast_object_list(metrics, src=0, device=device)
-    return metrics[0]
+    return from_first(lambda: evaluate_embeddings(q_emb, p_emb, data, k=DEPTH).metrics)
 
 
 def encode_together(
@@ -86,9 +80,9 @@ def encode_together(
     import torch
 
     from bge_accel.batching import make_token_batch, split_micro_batches, tokenize
-    from bge_accel.distributed import gather, is_distributed, largest
+    from bge_accel.distributed import gather, largest
 
-    world, rank = (torch.distributed.get_world_size(), torch.distributed.get_rank()) if is_distributed() else (1, 0)
+    rank, world = rank_and_world()
     num_own = -(-len(texts) // world)
     own = [texts[min(rank + i * world, len(texts) - 1)] for i in range(num_own)]  # the last one makes up the number
     parts = []

@@ -247,7 +247,7 @@ def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[st
 def scorer(cfg: Config, kind: Literal["dev", "guard"]) -> Callable[[str], float] | None:
     """From a model's folder to its score on the dev or the guard set, higher is better; None where there is no set."""
     from bge_accel.encoding import EmbeddingModel
-    from bge_accel.evaluation import read_evaluation_data
+    from bge_accel.evaluation_data import read_evaluation_data
     from bge_accel.merge_weights import (
         check_examples,
         example_losses,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from conftest import REPO
 
-from bge_accel.evaluation import read_evaluation_data
+from bge_accel.evaluation_data import read_evaluation_data
 
 SCRIPT = REPO / "data" / "build_package_docs.py"
 spec = importlib.util.spec_from_file_location("build_package_docs", SCRIPT)
