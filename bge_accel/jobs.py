@@ -1,5 +1,6 @@
 """Long jobs of several processes that rewrite files of rows: sharing, what is kept until the end, output whole or absent."""
 
+import gc
 import json
 import os
 import shutil
@@ -47,6 +48,21 @@ class Processes:
     def on_first(self, work: Callable[[], None]) -> None:
         """Does it on the first process while the others wait; what is wrong is raised by all."""
         from_first(work)
+
+
+def leave_processes() -> None:
+    """Ends what connects this process to others: the last line of a script, when `main` holds nothing any more.
+
+    Gloo's threads want the interpreter to drop what the last message left, and abort a process whose interpreter is
+    already ending (pytorch/pytorch#190489). They are joined when nothing refers to the group: a wrapped model does, in
+    a cycle that only the collector frees.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+        gc.collect()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, warn
+from bge_accel.jobs import SharedCounters, leave_processes, warn
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing
 
@@ -242,10 +242,9 @@ def main(cfg: Config) -> None:
             shares = ", ".join(f"{numbers[0]:,} in {numbers[3]:.1f} s" for numbers in all_counts)
             print(f"texts of each process: {shares}")
         print(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
-    if state.num_processes > 1:
-        torch.distributed.destroy_process_group()
     alone.close()
 
 
 if __name__ == "__main__":
     main(parse_config(Config, description=__doc__.split("\n")[0]))
+    leave_processes()

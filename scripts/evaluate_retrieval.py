@@ -55,7 +55,7 @@ from bge_accel.evaluation import (
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.evaluation_sources import is_hub_name
-from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, warn
+from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
 from bge_accel.reading import Faults, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
@@ -488,3 +488,4 @@ def versions() -> dict[str, str | None]:
 
 if __name__ == "__main__":
     main(parse_config(Config, description=__doc__.split("\n")[0]))
+    leave_processes()

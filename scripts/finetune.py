@@ -36,6 +36,7 @@ import numpy as np
 from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, batch_positions, draw_example
+from bge_accel.jobs import leave_processes
 from bge_accel.reading import shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import model_card
@@ -1248,3 +1249,4 @@ def card_of(cfg: Config, settings: Any, num_rows: int, step: int) -> str:
 
 if __name__ == "__main__":
     main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    leave_processes()

@@ -38,6 +38,7 @@ from bge_accel.jobs import (
     atomic_file,
     check_json,
     check_output,
+    leave_processes,
     new_row,
     open_work,
     rounded,
@@ -599,3 +600,4 @@ def sample(query: str, positives: list[tuple[str, float]], negatives: list[tuple
 
 if __name__ == "__main__":
     main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    leave_processes()

@@ -22,7 +22,17 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.jobs import Processes, atomic_file, check_json, check_output, new_row, open_work, rounded, warn
+from bge_accel.jobs import (
+    Processes,
+    atomic_file,
+    check_json,
+    check_output,
+    leave_processes,
+    new_row,
+    open_work,
+    rounded,
+    warn,
+)
 from bge_accel.mining import text_histogram
 from bge_accel.reading import Faults, find_files, read_rows, text_id
 from bge_accel.rows import TrainingRows
@@ -225,3 +235,4 @@ def write_output(cfg: Config, num_rows: int, parts: list[str]) -> str:
 
 if __name__ == "__main__":
     main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    leave_processes()

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from bge_accel.batching import make_token_batch, split_micro_batches
 from bge_accel.distributed import gather, gather_with_grad, largest
+from bge_accel.jobs import leave_processes
 from bge_accel.losses import contrastive_loss, known_positive_pairs
 from bge_accel.model import enable_gradient_checkpointing, load_encoder, save_encoder
 from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
@@ -226,10 +227,9 @@ def main(model_path: str, mode: str, folder: str | None = None) -> None:
         assert "rank 0: 2 x 4" in str(error) and "rank 1: 3 x 4" in str(error), error
     else:
         raise AssertionError("unequal shapes went through")
-    # gloo's threads want the interpreter for what the last gather left; a process that ends at once may hang or abort.
-    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    leave_processes()
