@@ -3,11 +3,13 @@
 # make test            every test but the long proofs; make test-slow runs those
 # make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
 # make lint            ruff and mypy
+# make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour in all)
+# make bench-check     which ratio of the last `make bench` is more than 15 % below docs/benchmarks.json
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo demo-compare test test-slow lint install
+.PHONY: bench bench-check demo demo-compare test test-slow lint install
 
 install: .venv/installed
 
@@ -33,3 +35,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+.venv-peers/installed: scripts/benchmarks/requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --disable-pip-version-check --quiet -c constraints.txt -r $<
+	touch $@
+
+bench: install .venv-peers/installed
+	$(BIN)/python scripts/benchmarks/bench.py $(BENCH)
+
+bench-check: install
+	$(BIN)/python scripts/benchmarks/bench.py --check docs/benchmarks.json

@@ -4,7 +4,7 @@ Padding is what costs: texts are sorted by length and cut where little is padded
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ class TokenBatch:
     num_tokens: int
     """Real tokens, padding not counted."""
     num_padding: int
+    num_token_pairs: int
+    """Sum of the squares of the texts' lengths: what attention's work goes by."""
 
     @property
     def num_texts(self) -> int:
@@ -149,7 +151,8 @@ def make_token_batch(
     if plan:
         restore[np.concatenate(plan)] = np.arange(len(lengths))
     num_tokens = sum(lengths)
-    return TokenBatch(micro_batches, torch.from_numpy(restore), num_tokens, num_slots - num_tokens)
+    pairs = sum(length * length for length in lengths)
+    return TokenBatch(micro_batches, torch.from_numpy(restore), num_tokens, num_slots - num_tokens, pairs)
 
 
 def split_micro_batches(batch: TokenBatch, count: int) -> TokenBatch:
@@ -167,4 +170,4 @@ def split_micro_batches(batch: TokenBatch, count: int) -> TokenBatch:
             {name: tensor[:half] for name, tensor in whole.items()},
             {name: tensor[half:] for name, tensor in whole.items()},
         ]
-    return TokenBatch(micro_batches, batch.restore, batch.num_tokens, batch.num_padding)
+    return replace(batch, micro_batches=micro_batches)

@@ -460,6 +460,7 @@ def main(cfg: Config) -> None:
     )
     from bge_accel.distributed import gather, gather_with_grad, largest
     from bge_accel.encoding import prefetch
+    from bge_accel.flops import flops_per_token
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
     from bge_accel.precision import choose_precision
@@ -722,6 +723,8 @@ def main(cfg: Config) -> None:
     with user_errors():
         warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * num_steps)
         scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, warmup, num_steps)
+
+    work = flops_per_token(encoder.backbone)
 
     # ---- hand both to accelerate
     if is_deepspeed:
@@ -1056,7 +1059,7 @@ def main(cfg: Config) -> None:
             record = {
                 "step": step,
                 "epoch": round(epoch, 4),
-                **window.summary(accelerator, [feed.source.name for feed in feeds]),
+                **window.summary(accelerator, [feed.source.name for feed in feeds], work),
                 "learning_rate": rate,
                 "grad_norm": whole(norm),
                 "memory_gb": peak_memory_gb(device),
@@ -1160,7 +1163,7 @@ class Window:
         self.of_sources = np.zeros((num_sources, 3))
         """Queries, sum of their losses, and how many have their positive first."""
         self.sums = dict.fromkeys(("batches", "loss", "accuracy", "positive", "negative", "masked"), 0.0)
-        self.counts = dict.fromkeys(("queries", "tokens", "padding"), 0)
+        self.counts = dict.fromkeys(("queries", "tokens", "padding", "token_pairs"), 0)
 
     def add(self, output: Any, num_masked: int, batch: Batch) -> None:
         tokens, num_queries = batch.tokens, len(batch.examples)
@@ -1171,23 +1174,34 @@ class Window:
         values = [1, *(figure.item() for figure in figures), num_masked]
         for name, value in zip(self.sums, values, strict=True):
             self.sums[name] += 0.0 if math.isnan(value) else value  # no query may have met a negative
-        for name, count in zip(self.counts, (num_queries, tokens.num_tokens, tokens.num_padding), strict=True):
+        counts = num_queries, tokens.num_tokens, tokens.num_padding, tokens.num_token_pairs
+        for name, count in zip(self.counts, counts, strict=True):
             self.counts[name] += count
 
-    def summary(self, accelerator: Any, names: list[str]) -> dict[str, Any]:
-        """Means and rates over all processes; where there are several sources, also of each that occurred."""
+    def summary(self, accelerator: Any, names: list[str], work: tuple[float, float]) -> dict[str, Any]:
+        """Means and rates over all processes; where there are several sources, also of each that occurred.
+
+        Args:
+            work: `flops_per_token` of the model.
+        """
         import torch
+
+        from bge_accel.flops import peak_flops
 
         local = [*self.sums.values(), *self.counts.values(), *self.of_sources.ravel()]
         reduced = torch.tensor(local, dtype=torch.float32).to(accelerator.device)
         values = accelerator.reduce(reduced, reduction="sum").tolist()
-        batches, loss, accuracy, positive, negative, masked, queries, tokens, padding = values[:9]
+        batches, loss, accuracy, positive, negative, masked, queries, tokens, padding, pairs = values[:10]
         of_sources = {
             name: {"loss": total / count, "accuracy": correct / count, "queries": count}
-            for name, (count, total, correct) in zip(names, np.reshape(values[9:], (-1, 3)).tolist(), strict=True)
+            for name, (count, total, correct) in zip(names, np.reshape(values[10:], (-1, 3)).tolist(), strict=True)
             if count
         }
         seconds = time.perf_counter() - self.start
+        flops = (
+            3 * (work[0] * tokens + work[1] * pairs) / seconds / accelerator.num_processes
+        )  # backward is twice forward
+        peak = peak_flops(accelerator.device)
         return {
             "loss": loss / batches,
             "accuracy": accuracy / batches,
@@ -1197,6 +1211,8 @@ class Window:
             "queries_per_second": queries / seconds,
             "tokens_per_second": tokens / seconds,
             "padding": padding / (tokens + padding),
+            "tflops": flops / 1e12,
+            **({"mfu": flops / peak} if peak else {}),
             **({"sources": of_sources} if len(names) > 1 else {}),
         }
 
@@ -1206,7 +1222,9 @@ def log_line(record: dict[str, Any], num_steps: int) -> str:
         f"step {record['step']}/{num_steps}  loss {record['loss']:.4f}  accuracy {record['accuracy']:.3f}  "
         f"lr {record['learning_rate']:.2e}  grad norm {record['grad_norm'] or math.nan:.2f}  "
         f"{record['queries_per_second']:.1f} queries/s  {record['tokens_per_second']:,.0f} tokens/s  "
-        f"padding {record['padding']:.1%}  masked {record['masked_per_query']:.2f}/query  "
+        f"padding {record['padding']:.1%}  {record['tflops']:.2f} TFLOP/s"
+        + (f" (MFU {record['mfu']:.0%})" if "mfu" in record else "")
+        + f"  masked {record['masked_per_query']:.2f}/query  "
         f"memory {record['memory_gb']:.1f} GB"
         + (f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else "")
         + "".join(

@@ -58,25 +58,12 @@ def matmul_rate(dtype: Any, device: Any) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def flops(encoder: Any, lengths: np.ndarray) -> float:
-    """Floating-point operations of the matrix products that texts of these lengths need (no padding)."""
-    import torch
-
-    config = encoder.backbone.config
-    weights = sum(
-        module.weight.numel()
-        for name, module in encoder.backbone.named_modules()
-        if isinstance(module, torch.nn.Linear) and "pooler" not in name
-    )
-    attention = 4 * config.num_hidden_layers * config.hidden_size * float((lengths.astype(np.float64) ** 2).sum())
-    return 2 * weights * float(lengths.sum()) + attention
-
-
 def main(cfg: Config) -> None:
     import torch
 
     from bge_accel.batching import tokenize
     from bge_accel.encoding import EmbeddingModel
+    from bge_accel.flops import flops_per_token
     from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16, default_device
 
     device = default_device()
@@ -99,7 +86,9 @@ def main(cfg: Config) -> None:
     first = next(iter(models.values()))
     length = min(cfg.max_length, first.max_length)
     lengths = np.array([len(ids) for ids in tokenize(first.tokenizer, texts, length)])
-    num_tokens, work = int(lengths.sum()), flops(first.encoder, lengths)
+    per_token, per_pair = flops_per_token(first.encoder.backbone)
+    num_tokens = int(lengths.sum())
+    work = per_token * num_tokens + per_pair * float((lengths.astype(np.float64) ** 2).sum())
     print(
         f"{len(texts):,} texts, {num_tokens:,} tokens (mean {lengths.mean():.0f}, at most {length}), {device}",
         flush=True,
