@@ -227,6 +227,7 @@ def main(model_path: str, mode: str, folder: str | None = None) -> None:
         assert "rank 0: 2 x 4" in str(error) and "rank 1: 3 x 4" in str(error), error
     else:
         raise AssertionError("unequal shapes went through")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

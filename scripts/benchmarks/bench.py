@@ -450,6 +450,9 @@ def as_markdown(content: dict[str, Any]) -> str:
 def check(cfg: Config) -> None:
     """Exits with 1 where a ratio has fallen by more than 15 %."""
     assert cfg.check is not None
+    for path in (cfg.check, cfg.results):
+        if not os.path.exists(path):
+            raise SystemExit(f"{path} is not there; `make bench` measures, and its benchmarks.json is what is compared")
     before, now = (
         {found["name"]: found["tools"] for found in json.loads(Path(path).read_text())["comparisons"]}
         for path in (cfg.check, cfg.results)

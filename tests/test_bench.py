@@ -1,0 +1,51 @@
+"""`make bench` and its guard."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPO = Path(__file__).resolve().parents[1]
+BENCH = REPO / "scripts" / "benchmarks" / "bench.py"
+
+
+def bench(*args: object, status: int = 0) -> subprocess.CompletedProcess:
+    done = subprocess.run([sys.executable, BENCH, *map(str, args)], capture_output=True, text=True, timeout=600)
+    assert done.returncode == status, done.stdout[-2000:] + done.stderr[-3000:]
+    return done
+
+
+def write(path: Path, ratios: dict[str, float]) -> Path:
+    tools = {tool: {"ratio": ratio} for tool, ratio in ratios.items()}
+    path.write_text(json.dumps({"comparisons": [{"name": "train,fp32,demo", "tools": tools}]}))
+    return path
+
+
+def test_check_names_what_fell(tmp_path: Path) -> None:
+    before = write(tmp_path / "before.json", {"bge_accel": 1.0, "FlagEmbedding": 3.0, "sentence-transformers": 3.0})
+    now = write(tmp_path / "now.json", {"bge_accel": 1.0, "FlagEmbedding": 2.4, "sentence-transformers": 2.6})
+    done = bench("--check", before, "--results", now, status=1)
+    assert "train,fp32,demo, FlagEmbedding: 3.00 -> 2.40" in done.stderr and "sentence-transformers" not in done.stderr
+    assert "none fell" in bench("--check", now, "--results", before).stdout
+
+
+def test_other_tools_have_to_be_there(tmp_path: Path) -> None:
+    done = bench("--peers_python", tmp_path / "python", "--output_dir", tmp_path, status=2)
+    assert "make bench" in done.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_measures_and_writes(tmp_path: Path) -> None:
+    """Two comparisons for real; sentence-transformers is in this environment, FlagEmbedding is left out."""
+    args = ["--peers_python", sys.executable, "--rounds", 2, "--only", "loss", "mine", "--output_dir", tmp_path]
+    assert "FlagEmbedding is not installed" in bench(*args).stderr
+    content = json.loads((tmp_path / "benchmarks.json").read_text())
+    mined, loss = content["comparisons"]
+    assert set(mined["tools"]) == {"bge_accel", "sentence-transformers"} and loss["agree"]
+    assert all(len(tool["samples"]) == 2 and tool["seconds"] > 0 for tool in mined["tools"].values())
+    # The plain loss holds the matrix of scores and its gradient: 0.5 GB each.
+    assert loss["tools"]["plain torch"]["megabytes"] > loss["tools"]["bge_accel"]["megabytes"] + 500
+    assert 0 < loss["tools"]["bge_accel"]["share"] < 1.5
+    assert (tmp_path / "benchmarks.md").read_text().count("| bge_accel |") == 2
