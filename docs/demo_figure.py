@@ -1,6 +1,6 @@
 """Draws docs/demo.png from the table of the demonstration in README.md, so that picture and figures cannot differ.
 
-    python docs/demo_figure.py
+python docs/demo_figure.py
 """
 
 import re

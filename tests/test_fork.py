@@ -91,7 +91,9 @@ def test_another_pooling(tmp_path: Path, tiny_model: str, rows: Path, unchanged:
     tokens = AutoTokenizer.from_pretrained(out)(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         hidden = AutoModel.from_pretrained(out)(**tokens).last_hidden_state
-    largest = torch.stack([states[: mask.sum()].amax(0) for states, mask in zip(hidden, tokens["attention_mask"], strict=True)])
+    largest = torch.stack(
+        [states[: mask.sum()].amax(0) for states, mask in zip(hidden, tokens["attention_mask"], strict=True)]
+    )
     expected = torch.nn.functional.normalize(largest, dim=-1).numpy()
     np.testing.assert_allclose(SentenceTransformer(str(out)).encode(texts), expected, atol=1e-5)
     with pytest.raises(ValueError, match="is not supported"):
