@@ -374,7 +374,6 @@ SMALL = {
     "mine_hard_negatives.py": "--max_length 64",
     "encode_corpus.py": "--max_length 64",
     "score_with_reranker.py": "--reranker_max_length 64",
-    "mix_models.py": "--search_steps 2",
 }  # fmt: skip
 PRELUDE = """
 import numpy as np
