@@ -339,6 +339,22 @@ def test_links_lead_somewhere(path: Path) -> None:
     assert not wrong, "\n" + "\n".join(wrong)
 
 
+# ---- the picture
+
+
+def test_the_picture_shows_the_table(tmp_path: Path) -> None:
+    Image = pytest.importorskip("PIL.Image", reason="matplotlib is not installed")  # noqa: N806
+    figure = load_script(REPO / "docs" / "demo_figure.py")
+    tasks = figure.read_table((REPO / "README.md").read_text(encoding="utf-8"))
+    assert list(tasks) == ["code search", "general task"]
+    assert [list(map(len, models.values())) for models in tasks.values()] == [[1, 3, 3], [1, 3, 3]]
+    assert tasks["code search"]["tuned"][0] == 0.5612 and tasks["general task"]["merged"][2] == 0.6389
+    shown = json.loads(Image.open(REPO / "docs" / "demo.png").text["Description"])
+    assert shown == tasks, "docs/demo.png is of another table: python docs/demo_figure.py"
+    figure.draw(tasks, tmp_path / "demo.png")
+    assert Image.open(tmp_path / "demo.png").size[0] > 900
+
+
 # ---- messages
 
 
