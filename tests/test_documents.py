@@ -526,6 +526,9 @@ def run_document(path: Path, where: Path, model: str, reranker: str) -> int:
             words = [local(word, model, reranker) for word in part.words]
             if words[0] == "python":
                 words[0] = sys.executable
+            elif words[0] == "torchrun":
+                text = re.sub(r"--nproc_per_node \d+", "--standalone --nproc_per_node 2", shlex.join(words[1:]))
+                words = [sys.executable, "-m", "torch.distributed.run", *shlex.split(text)]
             found = find_script(part)
             if found:
                 words += SMALL.get(found[0].name, "").split()
