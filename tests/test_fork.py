@@ -25,7 +25,8 @@ def copy_script(folder: Path, diff: str = "") -> Path:
     path = folder / "my_finetune.py"
     shutil.copy(REPO / "scripts" / "finetune.py", path)
     if diff:
-        assert shutil.which("patch"), "these tests need the program patch"
+        if not shutil.which("patch"):
+            pytest.skip("the program patch is not installed")
         command = ["patch", "--fuzz=0", "--no-backup-if-mismatch", str(path)]
         result = subprocess.run(command, input=diff, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr
