@@ -134,7 +134,7 @@ def flag_names(path: Path) -> set[str]:
         return {"help", *re.findall(r'add_argument\(\s*"--([\w-]+)"', text)}
     module = load_script(path)
     names = {"config", "help", *getattr(module, "REFUSED", {})}
-    for field in module.Config.__dataclass_fields__.values():
+    for field in module.Config.__dataclass_fields__.values() if hasattr(module, "Config") else ():
         for name in (field.name, *field.metadata["aliases"]):
             names |= {name, f"no_{name}"}
     return names | {name.replace("_", "-") for name in names}
@@ -187,6 +187,8 @@ def check_command(command: Command) -> str | None:
             missing = [word for word in words if re.fullmatch(r"[\w/.-]*\.(txt|toml|sbatch)", word)]
             missing = [word for word in missing if not (REPO / word).exists()]
             return f"there is no {missing[0]}" if missing else None
+        if words[:3] == ["python", "-m", "venv"]:
+            return None
         if words[:3] == ["python", "-m", "pytest"] or words[0] == "pytest":
             missing = [word for word in words if word.startswith("tests/") and not (REPO / word).exists()]
             return f"there is no {missing[0]}" if missing else None
@@ -222,6 +224,26 @@ def check_command(command: Command) -> str | None:
 def test_commands_have_flags_that_exist(path: Path) -> None:
     wrong = [f"{command.place}\n    {fault}" for command in read_commands(path) if (fault := check_command(command))]
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+SCRIPTS = sorted(path for pattern in ("scripts/**/*.py", "data/*.py", "docs/*.py") for path in REPO.glob(pattern))
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_commands_of_docstrings_have_flags_that_exist(path: Path) -> None:
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+    commands = re.findall(
+        r"^ *((?:python|torchrun|accelerate|sbatch) .*?(?<!\\))$", docstring, re.MULTILINE | re.DOTALL
+    )
+    wrong = []
+    for text in commands:
+        for words in split_at(shlex.split(text.replace("\\\n", " "), comments=True), "&&"):
+            command = Command(path, 1, words)
+            if words[0].endswith("/pip") or not (fault := check_command(command)):
+                continue
+            wrong.append(f"{command.place}\n    {fault}")
+    assert not wrong, "\n" + "\n".join(wrong)
+    assert commands, f"{path.relative_to(REPO)}: its docstring shows no command"
 
 
 def test_a_wrong_command_is_found() -> None:
@@ -350,6 +372,13 @@ def test_links_lead_somewhere(path: Path) -> None:
         if not exists or (anchor and anchor not in slugs(file.read_text(encoding="utf-8"))):
             wrong.append(f"{path.relative_to(REPO)}:{text.count(chr(10), 0, found.start()) + 1}: {found[1]}")
     assert not wrong, "\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(REPO)))
+def test_files_that_are_named_exist(path: Path) -> None:
+    text = outside_blocks(path.read_text(encoding="utf-8"))
+    named = re.findall(r"(?:scripts|tests|docs|configs|bge_accel)/[\w/.-]+\.(?:py|yaml|md|sbatch|sh|png)\b", text)
+    assert [name for name in named if not (REPO / name).exists() and not (REPO / "docs" / name).exists()] == []
 
 
 # ---- the picture
