@@ -1,6 +1,6 @@
 """Memory of training on many rows, and what it costs to resume late in a run.
 
-    python scripts/benchmarks/data_memory.py --model_name_or_path MODEL --rows 10000000
+    python scripts/benchmarks/data_memory.py --model_name_or_path MODEL --folder EMPTY_FOLDER --rows 10000000
 
 Writes so many short rows into --folder, trains a few steps on them with scripts/finetune.py twice (the first time every
 row is checked, the second time the checked copy is found), and prints the seconds and the most anonymous memory that the
