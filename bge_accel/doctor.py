@@ -293,14 +293,14 @@ def propose_batch(
     *,
     padding: float,
     free_gb: float,
-    num_examples: float,
+    num_examples: float | None,
     num_rows: int | None,
     world: int,
 ) -> tuple[int, str]:
     """The largest power of two of queries per process that is sensible, and what speaks against a larger one.
 
     Args:
-        num_examples: queries seen in the whole run.
+        num_examples: queries seen in the whole run; None where the number of steps is given instead.
         num_rows: of the data; None where nobody knows.
     """
     size, why = 1, "of data"
@@ -309,7 +309,7 @@ def propose_batch(
         tokens = largest_step_tokens(row_tokens, batch, 100) / (1 - padding)
         if not memory.is_kept(tokens) or memory.peak_gb(tokens) > 0.9 * free_gb:
             return size, "a larger one would have activations computed twice, for up to a third more time"
-        if num_examples / (batch * world) < STEPS_TO_LEARN:
+        if num_examples is not None and num_examples / (batch * world) < STEPS_TO_LEARN:
             return size, f"a larger one would leave fewer than {STEPS_TO_LEARN} steps"
         if num_rows is not None and batch * world > num_rows / 2:
             return size, "a larger one would hold more than half of the rows at once"

@@ -1,5 +1,6 @@
 """What in a sample of training rows would ruin a run: each finding with its place and what to do about it."""
 
+import itertools
 import os
 import random
 from collections import Counter
@@ -133,20 +134,29 @@ def same(text: str) -> str:
     return " ".join(text.casefold().split())
 
 
-def check_rows(sample: Sample, *, group_size: int, in_batch_negatives: bool) -> list[Finding]:
+def check_rows(
+    sample: Sample, *, group_size: int, in_batch_negatives: bool, need_scores: bool = False
+) -> list[Finding]:
     """All that can be said of the rows without a model.
 
     Args:
         group_size: passages per query, one of them positive.
         in_batch_negatives: whether other queries' passages are negatives too.
+        need_scores: whether the run learns from a teacher's scores.
     """
+    lacking = [i for i, row in enumerate(sample.rows) if not (row.get("pos_scores") and row.get("neg_scores"))]
     return [
         *_broken(sample),
         *_positives_among_negatives(sample),
         *_repetition(sample),
         *_queries_that_are_passages(sample),
         *_negatives(sample, group_size, in_batch_negatives),
-    ]
+        *finding(
+            "scores_missing", "error", sample, lacking if need_scores else [],
+            "lack the pos_scores or neg_scores that --knowledge_distillation learns from",
+            "write them with scripts/score_with_reranker.py; finetune.py refuses rows without",
+        ),
+    ]  # fmt: skip
 
 
 def finding(
@@ -363,7 +373,8 @@ def _common_start(texts: list[str]) -> str | None:
         return None
     ordered = sorted(texts)
     skip = len(ordered) // 40  # between the 2.5th and the 97.5th percentile in alphabetical order
-    start = os.path.commonprefix([ordered[skip], ordered[-1 - skip]])
+    pairs = zip(ordered[skip], ordered[-1 - skip], strict=False)
+    start = "".join(first for first, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
     start = start[: max(start.rfind(end) for end in " :：") + 1].strip()
     return start if len(start.split()) >= 3 or start.endswith((":", "：")) else None
 

@@ -36,7 +36,7 @@ from bge_accel.sources import Source, find_sources, merge_small, source_shares
 
 # Heavy packages are imported inside main().
 
-PROBE_TOKENS = {"cpu": (3072, 9216), "cuda": (16384, 65536)}  # of a measured step, roughly; two sizes make a line
+PROBE_TOKENS = {"cpu": (2560, 7168), "cuda": (16384, 65536)}  # of a measured step, roughly; two sizes make a line
 MAX_TEXTS = 20_000  # of a kind that are tokenised
 UNUSUAL = 40  # characters a token that no text exceeds; what is cut off would be cut anyway
 ONE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -103,7 +103,12 @@ def main(cfg: Config) -> int:
     feeds: list[Feed] = []
     findings += refusals("data_refused", lambda: feeds.extend(read_feeds(cfg)))
     for feed in feeds:
-        of_source = check_rows(feed.sample, group_size=feed.group_size, in_batch_negatives=feed.in_batch_negatives)
+        of_source = check_rows(
+            feed.sample,
+            group_size=feed.group_size,
+            in_batch_negatives=feed.in_batch_negatives,
+            need_scores=cfg.knowledge_distillation,
+        )
         findings += named(of_source, feed, feeds)
 
     def held_out() -> None:
@@ -152,6 +157,7 @@ def main(cfg: Config) -> int:
     # ---- a few real steps; broken rows are left out of them
     if cfg.measure_steps and row_tokens:
         free_gb = free_memory_gb(device)
+        print("measuring a few steps of finetune.py ...", file=sys.stderr, flush=True)
         measured = measure(run, cfg.measure_steps, feeds_with_rows, row_tokens, device.type)
         if isinstance(measured, Finding):
             findings.append(measured)
@@ -172,7 +178,7 @@ def main(cfg: Config) -> int:
         gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gb']:.0f} GB)" for gpu in environment["gpus"]) or "none"
         versions = " ".join(f"{name} {environment[name]}" for name in "torch transformers accelerate".split())
         facts = [
-            ("model", os.path.basename(os.path.normpath(cfg.model_name_or_path))),
+            ("model", cfg.model_name_or_path),
             ("data", f"{read:,} rows looked at" + (f" of {total:,}" if total else "")),
             ("run", f"{world} process(es) on {device.type}"),
             ("software", f"Python {environment['python']} {versions}, {environment['faiss'] or 'no FAISS'}"),
@@ -490,7 +496,7 @@ def cost_of(
         row_tokens,
         padding=largest.padding,
         free_gb=free_gb,
-        num_examples=plan["steps"] * plan["queries_per_step"],
+        num_examples=plan["steps"] * plan["queries_per_step"] if cfg.max_steps < 1 else None,
         num_rows=plan["rows"],
         world=world,
     )
@@ -549,4 +555,5 @@ def duration(seconds: float) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_config(Config, description=__doc__, refused=REFUSED)))
+    summary, *_, status = __doc__.strip().split("\n\n")
+    sys.exit(main(parse_config(Config, description=f"{summary} {status}", refused=REFUSED)))
