@@ -20,7 +20,7 @@ FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gp
 USUAL_RATES = ((5e6, 3e-4), (5e7, 3e-5), (2e8, 2e-5), (math.inf, 1e-5))
 FEW_NEGATIVES = 8
 FEW_STEPS = 10
-STEPS_TO_LEARN = 100  # a larger batch is not proposed where it would leave fewer
+STEPS_TO_LEARN = 50  # a batch above 16 is not proposed where it would leave fewer
 
 
 # ---- environment
@@ -309,7 +309,7 @@ def propose_batch(
         tokens = largest_step_tokens(row_tokens, batch, 100) / (1 - padding)
         if not memory.is_kept(tokens) or memory.peak_gb(tokens) > 0.9 * free_gb:
             return size, "a larger one would have activations computed twice, for up to a third more time"
-        if num_examples is not None and num_examples / (batch * world) < STEPS_TO_LEARN:
+        if batch > 16 and num_examples is not None and num_examples / (batch * world) < STEPS_TO_LEARN:
             return size, f"a larger one would leave fewer than {STEPS_TO_LEARN} steps"
         if num_rows is not None and batch * world > num_rows / 2:
             return size, "a larger one would hold more than half of the rows at once"

@@ -369,7 +369,7 @@ def test_the_command_line_of_finetune_is_taken(tmp_path: Path, tiny_model: str, 
     forecast = report["forecast"]
     assert forecast["steps"] == 30 and len(forecast["measured"]) == 2
     assert 0.2 < forecast["peak_memory_gb"] < 2 and forecast["seconds_per_step"] > 0
-    assert forecast["proposed_batch_size"] == 2, "240 queries in all are few for 100 steps"
+    assert forecast["proposed_batch_size"] == 16, "240 queries in all are few for 50 steps"
     rows[6]["neg"][1] = rows[6]["pos"][0]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = run_script("doctor.py", *flags, "--measure_steps", 0, status=1)
@@ -378,7 +378,7 @@ def test_the_command_line_of_finetune_is_taken(tmp_path: Path, tiny_model: str, 
     result = run_script("doctor.py", *flags, "--measure_steps", 1, status=2)
     assert "--measure_steps" in result.stderr
     result = run_script("doctor.py", "--help")
-    assert "Exit status: 0" in result.stdout
+    assert "Exit status: 0 where nothing is worse than a warning" in " ".join(result.stdout.split())
 
 
 def test_a_run_that_fails_is_told(diagnose: Diagnose, tiny_model: str, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_the_proposed_batch_is_limited_by_memory_steps_and_data() -> None:
     memory = fit_memory([Measured(size, size * 100.0, 1.5 + size * 0.02, 1000.0, 0.0) for size in (16, 48)], 4.0)
     common: dict[str, Any] = {"row_tokens": [100] * 1000, "padding": 0.0, "free_gb": 20.0, "world": 1}
     assert propose_batch(memory, **common, num_examples=10**6, num_rows=10**6)[0] == 128
-    assert propose_batch(memory, **common, num_examples=3200, num_rows=10**6)[0] == 32
+    assert propose_batch(memory, **common, num_examples=3200, num_rows=10**6)[0] == 64
     size, why = propose_batch(memory, **common, num_examples=None, num_rows=100)
     assert size == 32 and "half of the rows" in why
 
