@@ -194,7 +194,7 @@ def check_settings(
         )  # fmt: skip
     if num_steps < FEW_STEPS:
         add(
-            "few_steps", "warning", f"the run has {num_steps} steps only",
+            "few_steps", "warning" if num_steps else "error", f"the run has {num_steps} steps only",
             "lower --per_device_train_batch_size, or raise --num_train_epochs",
         )  # fmt: skip
     if warmup_steps and warmup_steps >= num_steps:

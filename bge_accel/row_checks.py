@@ -3,6 +3,7 @@
 import itertools
 import os
 import random
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +11,7 @@ from typing import Any, Literal
 
 from bge_accel.reading import (
     BOM,
+    BROKEN_FILE,
     UNREADABLE,
     Faults,
     check_training_row,
@@ -96,17 +98,27 @@ def _sample_file(path: str, limit: int, rng: random.Random, sample: Sample) -> i
     faults = Faults()
     chosen: list[tuple[int, Any]] = []  # line and row, or the raw line
     count = 0
-    is_lines = not path.endswith(".parquet") and _starts_with(path) != b"["
-    for line, item in _raw_lines(path) if is_lines else ((line, row) for _, line, row in read_rows(path, faults)):
-        count += 1
-        if len(chosen) < limit:
-            chosen.append((line, item))
-        elif (place := int(rng.random() * count)) < limit:  # reservoir: every row has the same chance
-            chosen[place] = line, item
+    try:
+        is_lines = not path.endswith(".parquet") and _starts_with(path) != b"["
+        for line, item in _raw_lines(path) if is_lines else ((line, row) for _, line, row in read_rows(path, faults)):
+            count += 1
+            if len(chosen) < limit:
+                chosen.append((line, item))
+            elif (place := int(rng.random() * count)) < limit:  # reservoir: every row has the same chance
+                chosen[place] = line, item
+        if is_lines and not count:
+            faults.add(path, "the file is empty; remove it from the list or fill it")
+    except Exception as error:  # as read_rows tells broken files from our own mistakes
+        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ not in BROKEN_FILE:
+            raise
+        faults.add(path, f"cannot be read: {error}")
     for line, item in sorted(chosen, key=lambda pair: pair[0]):
-        where = f"{path}:{line}"
-        value = parse_json(where, item, faults) if is_lines else item
-        if value is not UNREADABLE:
+        where, of_line = f"{path}:{line}", Faults()
+        value = parse_json(where, item, of_line) if is_lines else item
+        if value is UNREADABLE:
+            sample.num_read += 1
+            sample.faults.append((where, of_line.shown[0].removeprefix(f"{where}: ")))
+        else:
             sample.add(where, value)
     for shown in faults.shown:
         where, _, what = shown.partition(": ")

@@ -12,6 +12,7 @@ Exit status: 0 where nothing is worse than a warning, 1 where there are errors, 
 import json
 import math
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -68,8 +69,6 @@ class Feed:
     in_batch_negatives: bool
     epochs: float
     num_rows: int | None
-    query_prefix: str = ""
-    passage_prefix: str = ""
 
 
 def main(cfg: Config) -> int:
@@ -80,7 +79,7 @@ def main(cfg: Config) -> int:
             raise ValueError(f"--sample_rows is {cfg.sample_rows}: it has to be at least 1")
         if cfg.measure_steps < 0 or cfg.measure_steps == 1:
             raise ValueError(
-                "--measure_steps is 1 or less: the first step is not like the others, take 0 or at least 2"
+                f"--measure_steps is {cfg.measure_steps}: the first step is not like the others, so take 0 or at least 2"
             )
         if cfg.num_processes is not None and cfg.num_processes < 1:
             raise ValueError(f"--num_processes is {cfg.num_processes}: it has to be at least 1")
@@ -148,17 +147,23 @@ def main(cfg: Config) -> int:
             num_steps=plan["steps"],
             warmup_steps=cfg.warmup_steps or math.ceil(cfg.warmup_ratio * plan["steps"]),
             num_rows=plan["rows"],
-            global_queries=feeds_with_rows[0].batch_size * world,
+            global_queries=max(feed.batch_size for feed in feeds_with_rows) * world,
             negatives=plan["negatives_per_query"],
             pooling=facts_of_model["settings"].pooling,
             own_pooling=facts_of_model["own"].pooling,
         )
 
     # ---- a few real steps; broken rows are left out of them
-    if cfg.measure_steps and row_tokens:
+    sound = [
+        row
+        for feed in feeds_with_rows
+        for row in feed.sample.rows
+        if not set(row["pos"]).intersection(row.get("neg") or [])
+    ]
+    if cfg.measure_steps and row_tokens and sound:
         free_gb = free_memory_gb(device)
         print("measuring a few steps of finetune.py ...", file=sys.stderr, flush=True)
-        measured = measure(run, cfg.measure_steps, feeds_with_rows, row_tokens, device.type)
+        measured = measure(run, cfg.measure_steps, feeds_with_rows, sound, row_tokens, device.type)
         if isinstance(measured, Finding):
             findings.append(measured)
         else:
@@ -307,7 +312,8 @@ def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Fi
 
     def lengths(texts: list[tuple[int, str]], max_len: int) -> tuple[list[tuple[int, int]], list[tuple[int, float]]]:
         """Row and tokens of each text, and row and share of tokens that the tokenizer does not know."""
-        texts = texts[:: math.ceil(len(texts) / MAX_TEXTS)]
+        if len(texts) > MAX_TEXTS:
+            texts = sorted(random.Random(cfg.seed).sample(texts, MAX_TEXTS))
         ids = tokenizer([text[: max_len * UNUSUAL] for _, text in texts])["input_ids"]
         unknown = tokenizer.unk_token_id
         return [(row, len(i)) for (row, _), i in zip(texts, ids, strict=True)], [
@@ -315,8 +321,9 @@ def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Fi
         ]
 
     queries = [
-        (index, (query_prefix if row.get("prompt") is None else row["prompt"]) + row["query"])
+        (index, (query_prefix if own_prefix is None else own_prefix) + row["query"])
         for index, row in enumerate(sample.rows)
+        for own_prefix in [instruction_prefix(row.get("prompt"), cfg.query_instruction_format)]
     ]
     of_queries, unknown = lengths(queries, cfg.query_max_len)
     of_passages, unknown_in_passages = lengths(
@@ -373,24 +380,27 @@ def plan_run(cfg: Config, feeds: list[Feed], world: int) -> dict[str, Any]:
 
 
 def measure(
-    run: finetune.Config, steps: int, feeds: list[Feed], row_tokens: list[float], device: str
+    run: finetune.Config,
+    steps: int,
+    feeds: list[Feed],
+    rows: list[dict[str, Any]],
+    row_tokens: list[float],
+    device: str,
 ) -> "list[Any] | Finding":
     """Some steps of finetune.py itself at two batch sizes, each in a process of its own, as a peak is never unlearnt."""
     from bge_accel.doctor import Measured
 
-    rows = [row for feed in feeds for row in feed.sample.rows if not set(row["pos"]).intersection(row.get("neg") or [])]
     per_row = sum(row_tokens) / len(row_tokens)
-    # The lone probe of a small batch is that batch; a large one is foretold from smaller ones.
     large = max(2, min(math.ceil(PROBE_TOKENS[device][1] / per_row), len(rows)))
     sizes = sorted({max(1, math.ceil(large * PROBE_TOKENS[device][0] / PROBE_TOKENS[device][1])), large})
     measured = []
     with tempfile.TemporaryDirectory(prefix="bge_accel_doctor_") as folder:
+        # From everywhere in the sample; some more than a batch, for rows without negatives draw other rows' passages.
+        count = min(max(2 * large, 200), len(rows))
+        path = os.path.join(folder, "rows.jsonl")
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(rows[i * len(rows) // count]) + "\n" for i in range(count))
         for size in sizes:
-            # Rows from everywhere in the sample; with as many as a batch has, every step sees them all.
-            chosen = [rows[int(i * len(rows) / size)] for i in range(size)] if size <= len(rows) else rows
-            path = os.path.join(folder, f"{size}.jsonl")
-            with open(path, "w", encoding="utf-8") as file:
-                file.writelines(json.dumps(row) + "\n" for row in chosen)
             out = os.path.join(folder, f"out-{size}")
             probe = replace(
                 run,

@@ -1,5 +1,6 @@
 """scripts/doctor.py: faults planted one by one in real files, and memory foretold beside memory measured."""
 
+import gzip
 import json
 import os
 import random
@@ -119,6 +120,15 @@ def test_broken_rows_do_not_hide_the_other_faults(diagnose: Diagnose) -> None:
     assert alarms(report).keys() == {"broken_rows", "positive_among_negatives"}
     assert alarms(report)["broken_rows"]["where"].endswith("train.jsonl:81")
     assert alarms(report)["broken_rows"]["count"] == 2 and not report["ok"]
+
+
+def test_files_that_cannot_be_read(diagnose: Diagnose, tmp_path: Path) -> None:
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in sound_rows()).encode())
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    files = [str(tmp_path / name) for name in ("train.jsonl", "cut.jsonl.gz", "empty.jsonl")]
+    found = alarms(diagnose(train_data=files))
+    assert found["broken_rows"]["count"] == 2 and "empty.jsonl" in found["broken_rows"]["where"]
 
 
 def test_scores_of_another_length(diagnose: Diagnose) -> None:
