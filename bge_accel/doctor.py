@@ -254,10 +254,13 @@ class MemoryModel:
     gb_per_token: float
     """Of a padded token."""
     budget_gb: float
+    seen: tuple[tuple[float, float], ...] = ()
+    """(padded tokens, peak) that were measured; where the budget was met already, the line alone is too flat."""
 
     def peak_gb(self, padded_tokens: float) -> float:
         """Predicted for a step of so many padded tokens."""
-        return self.fixed_gb + min(self.gb_per_token * padded_tokens, self.budget_gb)
+        line = self.fixed_gb + min(self.gb_per_token * padded_tokens, self.budget_gb)
+        return max([line, *(peak for tokens, peak in self.seen if tokens <= padded_tokens)])
 
     def is_kept(self, padded_tokens: float) -> bool:
         """Whether all activations stay, so that nothing is computed twice."""
@@ -266,14 +269,15 @@ class MemoryModel:
 
 def fit_memory(measured: Sequence[Measured], budget_gb: float) -> MemoryModel:
     """The straight line through the measured peaks (least squares); one alone is taken as all there is."""
+    seen = tuple((m.padded_tokens, m.peak_gb) for m in measured)
     peaks = np.array([m.peak_gb for m in measured])
     tokens = np.array([m.padded_tokens for m in measured])
     if len(measured) < 2 or np.ptp(tokens) == 0:
-        return MemoryModel(float(peaks.max()), 0.0, budget_gb)
+        return MemoryModel(float(peaks.max()), 0.0, budget_gb, seen)
     slope, fixed = np.polyfit(tokens, peaks, 1)
     if slope <= 0:  # nothing is kept: the peak does not depend on the batch
-        return MemoryModel(float(peaks.max()), 0.0, budget_gb)
-    return MemoryModel(float(max(fixed, 0.0)), float(slope), budget_gb)
+        return MemoryModel(float(peaks.max()), 0.0, budget_gb, seen)
+    return MemoryModel(float(max(fixed, 0.0)), float(slope), budget_gb, seen)
 
 
 def largest_step_tokens(row_tokens: Sequence[int] | np.ndarray, batch_size: int, num_steps: int) -> float:

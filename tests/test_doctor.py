@@ -411,6 +411,8 @@ def test_memory_is_a_line_up_to_the_budget() -> None:
     memory = fit_memory(steps, budget_gb=4.0)
     assert memory.peak_gb(10_000) == pytest.approx(3.5) and memory.is_kept(10_000)
     assert memory.peak_gb(1_000_000) == pytest.approx(5.5) and not memory.is_kept(1_000_000)
+    # A budget met while measuring: no larger batch takes less than what was seen.
+    assert fit_memory(steps, budget_gb=0.1).peak_gb(1_000_000) == pytest.approx(2.46)
     flat = [Measured(size, size * 100.0, 1.5, 1000.0, 0.0) for size in (16, 48)]
     assert fit_memory(flat, budget_gb=0.0).peak_gb(1e6) == pytest.approx(1.5)
 
