@@ -342,7 +342,9 @@ def as_text(findings: Sequence[Finding], facts: Sequence[tuple[str, str]], forec
     if forecast:
         lines += ["\nFORECAST", _pairs(forecast)]
     counts = {severity: sum(finding.severity == severity for finding in findings) for severity in SEVERITIES}
-    lines.append(f"\n{counts['error']} errors, {counts['warning']} warnings, {counts['note']} notes")
+    lines.append(
+        "\n" + ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items())
+    )
     return "\n".join(lines)
 
 

@@ -178,7 +178,7 @@ def finding(
     if not indices:
         return []
     share = len(indices) / max(len(sample.rows), 1)
-    seen = f"{len(indices):,} of {len(sample.rows):,} rows ({share:.1%}) {what}"
+    seen = f"{len(indices):,} of {len(sample.rows):,} rows ({'under 0.1%' if share < 0.001 else f'{share:.1%}'}) {what}"
     return [Finding(check, severity, seen, advice, sample.places[indices[0]], len(indices), share)]
 
 

@@ -38,6 +38,7 @@ from bge_accel.sources import Source, find_sources, merge_small, source_shares
 # Heavy packages are imported inside main().
 
 PROBE_TOKENS = {"cpu": (2560, 7168), "cuda": (16384, 65536)}  # of a measured step, roughly; two sizes make a line
+MEASURE_SECONDS = 60  # that the steps of the larger size may take, judged by those of the smaller
 MAX_TEXTS = 20_000  # of a kind that are tokenised
 UNUSUAL = 40  # characters a token that no text exceeds; what is cut off would be cut anyway
 ONE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -393,7 +394,7 @@ def measure(
     per_row = sum(row_tokens) / len(row_tokens)
     large = max(2, min(math.ceil(PROBE_TOKENS[device][1] / per_row), len(rows)))
     sizes = sorted({max(1, math.ceil(large * PROBE_TOKENS[device][0] / PROBE_TOKENS[device][1])), large})
-    measured = []
+    measured: list[Measured] = []
     with tempfile.TemporaryDirectory(prefix="bge_accel_doctor_") as folder:
         # From everywhere in the sample; some more than a batch, for rows without negatives draw other rows' passages.
         count = min(max(2 * large, 200), len(rows))
@@ -401,6 +402,9 @@ def measure(
         with open(path, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(rows[i * len(rows) // count]) + "\n" for i in range(count))
         for size in sizes:
+            if measured:
+                affordable = int(MEASURE_SECONDS * measured[0].tokens_per_second / (steps * per_row))
+                size = max(math.ceil(1.5 * sizes[0]), min(size, affordable))
             out = os.path.join(folder, f"out-{size}")
             probe = replace(
                 run,
