@@ -189,7 +189,7 @@ def check_settings(
     if negatives < FEW_NEGATIVES:
         add(
             "few_negatives", "warning", f"each query is compared with {negatives} other passages only",
-            "raise --per_device_train_batch_size (memory does not grow with it without end: activations are recomputed) "
+            "raise --per_device_train_batch_size (beyond what fits, activations are recomputed) "
             "or --train_group_size; in-batch negatives cost nothing",
         )  # fmt: skip
     if num_steps < FEW_STEPS:

@@ -251,7 +251,7 @@ def _repetition(sample: Sample) -> list[Finding]:
 
     return [
         *finding(
-            "duplicate_rows", grave(duplicates), sample, sorted(duplicates), "repeat the query and positives of another",
+            "duplicate_rows", grave(duplicates), sample, sorted(duplicates), "repeat query and positives of another",
             "remove the repetitions; where they are meant as a weight, give the source a weight instead",
         ),
         *finding(

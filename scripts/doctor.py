@@ -3,8 +3,8 @@
     python scripts/doctor.py --model_name_or_path BAAI/bge-small-en-v1.5 --train_data train.jsonl --output_dir tuned
     python scripts/doctor.py --config run.yaml --num_processes 8 --json report.json
 
-It checks the environment, the settings and a sample of the rows, and runs a few steps of scripts/finetune.py in a folder
-of their own, from which it foretells memory and time and proposes a batch size. Nothing of the run itself is written.
+It checks the environment, the settings and a sample of the rows, and runs a few steps of finetune.py in a folder of
+their own, from which it foretells memory and time and proposes a batch size. Nothing of the run itself is written.
 
 Exit status: 0 where nothing is worse than a warning, 1 where there are errors, 2 for a mistake in the flags.
 """
@@ -80,7 +80,7 @@ def main(cfg: Config) -> int:
             raise ValueError(f"--sample_rows is {cfg.sample_rows}: it has to be at least 1")
         if cfg.measure_steps < 0 or cfg.measure_steps == 1:
             raise ValueError(
-                f"--measure_steps is {cfg.measure_steps}: the first step is not like the others, so take 0 or at least 2"
+                f"--measure_steps is {cfg.measure_steps}: the first step is unlike the others, so take 0 or at least 2"
             )
         if cfg.num_processes is not None and cfg.num_processes < 1:
             raise ValueError(f"--num_processes is {cfg.num_processes}: it has to be at least 1")
@@ -162,7 +162,7 @@ def main(cfg: Config) -> int:
         if not set(row["pos"]).intersection(row.get("neg") or [])
     ]
     if cfg.measure_steps and row_tokens and sound:
-        free_gb = free_memory_gb(device)
+        free_gb = free_memory_gb(device) / (world if device.type == "cpu" else 1)  # processes share the machine's
         print("measuring a few steps of finetune.py ...", file=sys.stderr, flush=True)
         measured = measure(run, cfg.measure_steps, feeds_with_rows, sound, row_tokens, device.type)
         if isinstance(measured, Finding):
@@ -388,7 +388,7 @@ def measure(
     row_tokens: list[float],
     device: str,
 ) -> "list[Any] | Finding":
-    """Some steps of finetune.py itself at two batch sizes, each in a process of its own, as a peak is never unlearnt."""
+    """Some steps of finetune.py itself at two batch sizes, each in a process of its own: a peak never falls."""
     from bge_accel.doctor import Measured
 
     per_row = sum(row_tokens) / len(row_tokens)
