@@ -456,7 +456,7 @@ NOT_RUN = [
     (r"^(pip|hf|git) ", "a network"),
     (r"^(make|pytest|python -m pytest) ", "tested by being used"),
     (r"scripts/benchmarks/", "long"),
-    (r"data/build_|scripts/demo\.py|docs/demo_figure\.py", "has tests of its own"),
+    (r"data/build_|scripts/demo\.py|docs/demo_figure\.py|scripts/doctor\.py", "has tests of its own"),
     (r"msmarco|billion\.run", "large files"),
     (r"^patch ", "tests/test_fork.py"),
 ]  # fmt: skip
