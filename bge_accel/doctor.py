@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from bge_accel.row_checks import Finding, Severity
+from bge_accel.search import FAISS_PACKAGES, installed_faiss
+from bge_accel.training import available_memory
 
 SEVERITIES: tuple[Severity, ...] = ("error", "warning", "note")
-FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 # Parameters up to which a peak learning rate is usual; the last is for all larger models.
 USUAL_RATES = ((5e6, 3e-4), (5e7, 3e-5), (2e8, 2e-5), (math.inf, 1e-5))
 FEW_NEGATIVES = 8
@@ -56,7 +57,7 @@ def check_environment() -> tuple[dict[str, Any], list[Finding]]:
     facts = {
         "python": platform.python_version(),
         **{name: _version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-        "faiss": next((f"{name} {version}" for name in FAISS if (version := _version(name))), None),
+        "faiss": next((f"{name} {version}" for name, version in installed_faiss().items()), None),
         "gpus": gpus,
         "gloo": has_gloo,
         "nccl": has_nccl,
@@ -90,7 +91,7 @@ def _check_versions() -> list[Finding]:
         )
     for line in needed:
         requirement = Requirement(line)
-        if "extra" in str(requirement.marker or "") or requirement.name in FAISS:
+        if "extra" in str(requirement.marker or "") or requirement.name in FAISS_PACKAGES:
             continue
         version, wanted = _version(requirement.name), str(requirement.specifier)
         command = f'pip install "{requirement.name}{wanted}"'
@@ -103,7 +104,7 @@ def _check_versions() -> list[Finding]:
 
 
 def _check_faiss() -> list[Finding]:
-    installed = [name for name in FAISS if _version(name)]
+    installed = installed_faiss()
     if len(installed) > 1:
         seen = f"{' and '.join(installed)} are both installed: they bring the same files, so either may be broken"
         advice = f"pip uninstall -y {' '.join(installed)}, then install the one that is wanted"
@@ -128,12 +129,7 @@ def free_memory_gb(device: Any) -> float:
         import torch
 
         return torch.cuda.mem_get_info(device)[0] / 1e9
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        free = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    free = available_memory()
     try:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
             free = min(free, max(0, int(limit.read()) - int(current.read())))

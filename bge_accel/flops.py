@@ -1,5 +1,6 @@
-"""What a transformer computes, and what a GPU can: the two sides of model FLOPs utilisation (MFU)."""
+"""What a transformer computes, and what a machine can: the two sides of model FLOPs utilisation (MFU)."""
 
+import time
 from typing import Any
 
 import torch
@@ -51,3 +52,15 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((tera * 1e12 for known, tera in PEAK_TFLOPS.items() if known in name), None)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations a second of a large product on this machine, the best of five."""
+    size = 2048 if device.type == "cpu" else 8192
+    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)

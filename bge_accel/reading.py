@@ -81,6 +81,12 @@ def open_binary(path: str) -> io.BufferedIOBase:
     return open(path, "rb")
 
 
+def is_broken_file(error: Exception) -> bool:
+    """Whether an error says that a file cannot be read, or is not what its name says."""
+    # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
+    return isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ in BROKEN_FILE
+
+
 def read_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[str, Any]]]:
     """Yields (place, line, object) for each row of a file; what cannot be read goes to `faults` and is left out.
 
@@ -97,8 +103,7 @@ def read_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[str, A
                 kind = "an array" if isinstance(value, list) else "a plain value"
                 faults.add(where, f"{kind} where an object {{...}} is expected: {shorten(value)}")
     except Exception as error:
-        # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
-        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ not in BROKEN_FILE:
+        if not is_broken_file(error):
             raise
         faults.add(path, f"cannot be read: {error}")
         return
@@ -121,20 +126,25 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
 
 def _read_json(path: str, faults: Faults) -> Iterator[tuple[int, Any]]:
     with open_binary(path) as file:
-        first = file.peek(4096)[:4096].removeprefix(BOM).lstrip()[:1]  # type: ignore[attr-defined]
-        if first == b"[":
+        if begins_array(file):
             yield from _read_array(path, file.read(), faults)
         else:
-            yield from _read_lines(path, file, faults)
+            for line, raw in raw_lines(file):
+                yield line, parse_json(f"{path}:{line}", raw, faults)
 
 
-def _read_lines(path: str, file: Any, faults: Faults) -> Iterator[tuple[int, Any]]:
+def begins_array(file: io.BufferedIOBase) -> bool:
+    """Whether a file that was just opened holds one JSON array and not lines."""
+    return file.peek(4096)[:4096].removeprefix(BOM).lstrip()[:1] == b"["  # type: ignore[attr-defined]
+
+
+def raw_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
+    """Each line that is not blank, with its number."""
     for line, raw in enumerate(file, start=1):
         if line == 1:
             raw = raw.removeprefix(BOM)
-        if not raw.strip():
-            continue
-        yield line, parse_json(f"{path}:{line}", raw, faults)
+        if raw.strip():
+            yield line, raw
 
 
 def _read_array(path: str, raw: bytes, faults: Faults) -> Iterator[tuple[int, Any]]:

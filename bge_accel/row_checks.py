@@ -3,21 +3,21 @@
 import itertools
 import os
 import random
-import zlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from bge_accel.reading import (
-    BOM,
-    BROKEN_FILE,
     UNREADABLE,
     Faults,
+    begins_array,
     check_training_row,
     find_files,
+    is_broken_file,
     open_binary,
     parse_json,
+    raw_lines,
     read_rows,
 )
 
@@ -99,7 +99,7 @@ def _sample_file(path: str, limit: int, rng: random.Random, sample: Sample) -> i
     chosen: list[tuple[int, Any]] = []  # line and row, or the raw line
     count = 0
     try:
-        is_lines = not path.endswith(".parquet") and _starts_with(path) != b"["
+        is_lines = not path.endswith(".parquet") and not _is_array(path)
         for line, item in _raw_lines(path) if is_lines else ((line, row) for _, line, row in read_rows(path, faults)):
             count += 1
             if len(chosen) < limit:
@@ -108,8 +108,8 @@ def _sample_file(path: str, limit: int, rng: random.Random, sample: Sample) -> i
                 chosen[place] = line, item
         if is_lines and not count:
             faults.add(path, "the file is empty; remove it from the list or fill it")
-    except Exception as error:  # as read_rows tells broken files from our own mistakes
-        if not isinstance(error, OSError | EOFError | zlib.error) and type(error).__name__ not in BROKEN_FILE:
+    except Exception as error:
+        if not is_broken_file(error):
             raise
         faults.add(path, f"cannot be read: {error}")
     for line, item in sorted(chosen, key=lambda pair: pair[0]):
@@ -127,18 +127,14 @@ def _sample_file(path: str, limit: int, rng: random.Random, sample: Sample) -> i
     return len(chosen)
 
 
-def _starts_with(path: str) -> bytes:
+def _is_array(path: str) -> bool:
     with open_binary(path) as file:
-        return file.read(4096).removeprefix(BOM).lstrip()[:1]
+        return begins_array(file)
 
 
 def _raw_lines(path: str) -> Iterable[tuple[int, bytes]]:
     with open_binary(path) as file:
-        for line, raw in enumerate(file, start=1):
-            if line == 1:
-                raw = raw.removeprefix(BOM)
-            if raw.strip():
-                yield line, raw
+        yield from raw_lines(file)
 
 
 def same(text: str) -> str:

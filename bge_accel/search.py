@@ -4,6 +4,7 @@ Embeddings are an array, a mapped file or an `EmbeddingStore`; the last two are 
 at a time, so that memory does not grow with the corpus.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -373,15 +374,18 @@ def _training_sample(corpus_emb: Any) -> np.ndarray:
     return np.ascontiguousarray(corpus_emb, dtype=np.float32)
 
 
+def installed_faiss() -> dict[str, str]:
+    """The packages of FAISS that are installed, with their versions."""
+    installed = {}
+    for name in FAISS_PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            installed[name] = version(name)
+    return installed
+
+
 def check_faiss_packages() -> None:
     """Raises ValueError where two packages of FAISS are installed: they overwrite each other's files."""
-    installed = []
-    for name in FAISS_PACKAGES:
-        try:
-            version(name)
-            installed.append(name)
-        except PackageNotFoundError:
-            pass
+    installed = list(installed_faiss())
     if len(installed) > 1:
         raise ValueError(
             f"{' and '.join(installed)} are installed together and have overwritten each other's files; remove "

@@ -50,6 +50,16 @@ class ActivationBudget:
         return kept
 
 
+def available_memory() -> int:
+    """Bytes that this machine has to give, without swapping."""
+    try:
+        with open("/proc/meminfo") as file:
+            fields = dict(line.split(":") for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
 def automatic_activation_bytes(device: torch.device, num_parameters: int) -> float:
     """Bytes that activations may take on this process: most of what is free, less what the optimiser will need.
 
@@ -60,13 +70,7 @@ def automatic_activation_bytes(device: torch.device, num_parameters: int) -> flo
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0.7 * (free + unused - optimizer), 1.0)
-    try:
-        with open("/proc/meminfo") as file:
-            fields = dict(line.split(":") for line in file)
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    return max(0.5 * available / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 1.0)
+    return max(0.5 * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 1.0)
 
 
 def embed_and_backward(

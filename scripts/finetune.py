@@ -1198,9 +1198,8 @@ class Window:
             if count
         }
         seconds = time.perf_counter() - self.start
-        flops = (
-            3 * (work[0] * tokens + work[1] * pairs) / seconds / accelerator.num_processes
-        )  # backward is twice forward
+        # The backward pass takes twice what the forward pass does.
+        flops = 3 * (work[0] * tokens + work[1] * pairs) / seconds / accelerator.num_processes
         peak = peak_flops(accelerator.device)
         return {
             "loss": loss / batches,
