@@ -134,13 +134,7 @@ class Data:
             file.writelines(json.dumps(row) + "\n" for row in batch)
         tokens = self.count([row["query"] for row in batch], lengths[0])
         tokens += self.count([text for row in batch for text in (*row["pos"], *row["neg"])], lengths[1])
-        job = {"train_data": str(path), "batch_size": num_queries, "train_group_size": group_size}
-        job |= {
-            "query_max_len": lengths[0],
-            "passage_max_len": lengths[1],
-            "temperature": 0.05,
-            "mini_batch_size": None,
-        }
+        job = {"train_data": str(path), **settings(num_queries, group_size, lengths)}
         return {"job": job, "work": tokens}
 
 
@@ -167,25 +161,16 @@ def forward_backward_rate(model_path: str, precision: str, device: str) -> float
     return best
 
 
-def matmul_rate(precision: str, device: str) -> float:
-    """Floating-point operations a second of a large product, the best of five."""
+def measure_limit(name: str, model: str, device: str) -> float:
+    """`name` is "step" or "matmul", and a precision."""
     import torch
 
-    size = 2048 if device == "cpu" else 8192
-    a, b = (
-        torch.rand(size, size, device=device).to(torch.bfloat16 if precision == "bf16" else torch.float32) for _ in "ab"
-    )
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    from bge_accel.flops import matmul_rate
 
-
-def measure_limit(name: str, model: str, device: str) -> float:
     kind, precision = name.split()
-    return forward_backward_rate(model, precision, device) if kind == "step" else matmul_rate(precision, device)
+    if kind == "step":
+        return forward_backward_rate(model, precision, device)
+    return matmul_rate(torch.bfloat16 if precision == "bf16" else torch.float32, torch.device(device))
 
 
 # ---- comparisons
@@ -226,7 +211,7 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
             title=f"encoding 1,000 functions, {precision}",
             tools=every,
             job={"task": "encode", "corpus": str(data.corpus), "num_texts": len(texts), "max_length": 256}
-            | {"precision": precision, "batching": batching, "repeats": 1},
+            | {"precision": precision, "batching": batching},
             work=data.count(texts, 256),
             tolerance=1e-2,
         )
@@ -274,37 +259,38 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
         },
         job={"task": "help"},
     )
-    batch = data.batch("first step", 16, 4, (64, 256), False)
-    batch["job"] |= {
-        "task": "first_step",
-        "precision": "fp32",
-        "steps": 0,
-        "train_data": str(data.folder / "all.jsonl"),
-    }
-    write_all(data)
+    every_row = write_all(data)
     yield Comparison(
         name="first step",
         title="from the start of a training on the demonstration's 5,000 rows to the end of its first step",
         tools=every,
-        job=batch["job"],
+        job={"task": "first_step", "precision": "fp32", "train_data": str(every_row), **settings(16, 4, (64, 256))},
     )
-    yield resume(data, model)
+    yield resume(data, model, every_row)
 
 
-def write_all(data: Data) -> None:
+def settings(num_queries: int, group_size: int, lengths: tuple[int, int]) -> dict[str, Any]:
+    """Of a training, in every tool; `lengths` are those of queries and of passages."""
+    job = {"batch_size": num_queries, "train_group_size": group_size, "temperature": 0.05, "mini_batch_size": None}
+    return job | {"query_max_len": lengths[0], "passage_max_len": lengths[1]}
+
+
+def write_all(data: Data) -> Path:
     """All rows, each with three negatives."""
+    path = data.folder / "all.jsonl"
     rng = random.Random(2)
     passages = [row["pos"][0] for row in data.rows]
-    with open(data.folder / "all.jsonl", "w", encoding="utf-8") as file:
+    with open(path, "w", encoding="utf-8") as file:
         for row in data.rows:
             drawn = [text for text in rng.sample(passages, 8) if text not in row["pos"]]
             file.write(json.dumps(row | {"neg": drawn[:3]}) + "\n")
+    return path
 
 
-def resume(data: Data, model: str) -> Comparison:
-    """A run of short texts that ended with a checkpoint after 300 steps and goes on, beside the same run from its start."""
+def resume(data: Data, model: str, every_row: Path) -> Comparison:
+    """A run of short texts that left a checkpoint after 300 steps and goes on from it, beside the same run from its start."""
     folder = data.folder / "resumed"
-    flags = {"model_name_or_path": model, "train_data": str(data.folder / "all.jsonl"), "learning_rate": "1e-12"}
+    flags = {"model_name_or_path": model, "train_data": str(every_row), "learning_rate": "1e-12"}
     flags |= {"per_device_train_batch_size": "4", "query_max_len": "8", "passage_max_len": "8", "train_group_size": "2"}
     flags |= {"logging_steps": "1", "save_strategy": "steps", "save_steps": "300"}
     words = [word for name, value in flags.items() for word in (f"--{name}", value)]
@@ -312,14 +298,14 @@ def resume(data: Data, model: str) -> Comparison:
     again = [*command, "--max_steps", "600", "--resume_from_checkpoint", str(folder / "checkpoint-300")]
 
     def prepare() -> None:
-        subprocess.run([*command, "--max_steps", "300", "--output_dir", folder], check=True, capture_output=True)
+        subprocess.run([*command, "--max_steps", "301", "--output_dir", folder], check=True, capture_output=True)
 
     return Comparison(
         name="resume",
         title="from the start of a training to its next step: resumed after 300 steps, beside a first start",
         tools={
-            "bge_accel": {"command": again, "folder": str(folder)},
-            "first start": {"command": [*command, "--max_steps", "600"], "folder": None},
+            "bge_accel": {"command": again},
+            "first start": {"command": [*command, "--max_steps", "600"]},
         },
         job={"task": "resume"},
         prepare=prepare,

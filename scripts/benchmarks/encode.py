@@ -44,26 +44,12 @@ class Config:
     precisions: list[str] = option(["fp32", "bf16", "default"], "which to measure")
 
 
-def matmul_rate(dtype: Any, device: Any) -> float:
-    """Floating-point operations a second of a large product, the best of five."""
-    import torch
-
-    size = 2048 if device.type == "cpu" else 8192
-    a, b = (torch.rand(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
-
-
 def main(cfg: Config) -> None:
     import torch
 
     from bge_accel.batching import tokenize
     from bge_accel.encoding import EmbeddingModel
-    from bge_accel.flops import flops_per_token
+    from bge_accel.flops import flops_per_token, matmul_rate
     from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16, default_device
 
     device = default_device()

@@ -62,19 +62,6 @@ def measured(work: Callable[[], Any]) -> tuple[Any, float, float]:
     return result, seconds, most
 
 
-def matmul_rate() -> float:
-    """Floating-point operations a second of a large product in float32, the best of five."""
-    import torch
-
-    a, b = torch.rand(2048, 2048), torch.rand(2048, 2048)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ b
-        seconds.append(time.perf_counter() - start)
-    return 2 * 2048**3 / min(seconds)
-
-
 def write_store(cfg: Config, folder: str) -> EmbeddingStore:
     rng = np.random.default_rng(0)
     manifest = Manifest(cfg.passages, cfg.dim, cfg.dtype, 65536, {"seed": 0})
@@ -88,6 +75,10 @@ def write_store(cfg: Config, folder: str) -> EmbeddingStore:
 
 
 def main(cfg: Config) -> None:
+    import torch
+
+    from bge_accel.flops import matmul_rate
+
     with tempfile.TemporaryDirectory() as temporary:
         store = write_store(cfg, os.path.join(cfg.folder or temporary, "store"))
         rng = np.random.default_rng(1)
@@ -114,7 +105,7 @@ def main(cfg: Config) -> None:
                 best[name] = min(least, seconds), max(most, memory)
                 times.append(seconds)
             ratios.append(times[-1] / times[0])
-            rates.append(matmul_rate())
+            rates.append(matmul_rate(torch.float32, torch.device("cpu")))
         work_done = 2 * cfg.passages * cfg.queries * cfg.dim
         for name, (seconds, memory) in best.items():
             share = work_done / seconds / max(rates)

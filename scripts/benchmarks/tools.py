@@ -10,7 +10,6 @@ import json
 import os
 import resource
 import runpy
-import shutil
 import subprocess
 import sys
 import time
@@ -173,14 +172,11 @@ def encode(job: dict) -> list[Sample]:
             return found.float().cpu().numpy()
 
     work(texts[:64])
-    samples: list[Sample] = []
-    for _ in range(job["repeats"]):
-        start = time.perf_counter()
-        found = np.asarray(work(texts), dtype=np.float64)
-        seconds = time.perf_counter() - start
-        found /= np.linalg.norm(found, axis=1, keepdims=True)
-        samples.append((seconds, float((found @ found.mean(0)).mean())))
-    return samples
+    start = time.perf_counter()
+    found = np.asarray(work(texts), dtype=np.float64)
+    seconds = time.perf_counter() - start
+    found /= np.linalg.norm(found, axis=1, keepdims=True)
+    return [(seconds, float((found @ found.mean(0)).mean()))]
 
 
 def mine(job: dict) -> list[Sample]:
@@ -275,7 +271,6 @@ def search(job: dict) -> list[Sample]:
     q_emb, p_emb = (
         rng.standard_normal((count, job["dim"]), dtype=np.float32) for count in (job["queries"], job["passages"])
     )
-    samples: list[Sample] = []
     if job["tool"] == "bge_accel":
         from bge_accel.search import build_index
         from bge_accel.search import search as search_index
@@ -290,8 +285,7 @@ def search(job: dict) -> list[Sample]:
         index = faiss.IndexFlatIP(job["dim"])
         index.add(p_emb)
         scores, _ = index.search(q_emb, job["k"])
-    samples.append((time.perf_counter() - start, float(scores.mean())))
-    return samples
+    return [(time.perf_counter() - start, float(scores.mean()))]
 
 
 def merge(job: dict) -> list[Sample]:
@@ -329,20 +323,16 @@ def help(job: dict) -> list[Sample]:
 
 
 def resume(job: dict) -> list[Sample]:
-    """From the start of a training until its log has a line more, in a copy of a folder where one has been."""
-    output = Path(job["output_dir"])
-    if job["folder"]:
-        shutil.copytree(job["folder"], output)
-    log = output / "train_log.jsonl"
-    before = log.stat().st_size if log.exists() else 0
+    """From the start of a training until its log has a line."""
+    log = Path(job["output_dir"]) / "train_log.jsonl"
     start = time.perf_counter()
-    command = [*job["command"], "--output_dir", str(output)]
+    command = [*job["command"], "--output_dir", job["output_dir"]]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        while process.poll() is None and not (log.exists() and log.stat().st_size > before):
+        while process.poll() is None and not (log.exists() and log.stat().st_size):
             time.sleep(0.02)
         seconds = time.perf_counter() - start
         process.kill()
-    if log.stat().st_size == before:
+    if not (log.exists() and log.stat().st_size):
         raise SystemExit(f"{command} ended without a step")
     return [(seconds, None)]
 
