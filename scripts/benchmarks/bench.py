@@ -459,6 +459,8 @@ def main(cfg: Config) -> None:
         return check(cfg)
     import torch
 
+    # Each measurement is started in a folder of its own.
+    cfg.peers_python = os.path.abspath(shutil.which(cfg.peers_python) or cfg.peers_python)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limits: dict[str, list[float]] = {}
     comparisons = []
