@@ -95,7 +95,7 @@ def main(cfg: Config) -> int:
     device = torch.device("cpu" if cfg.use_cpu or not torch.cuda.is_available() else "cuda")
     environment, findings = check_environment()
     findings += refusals("settings_refused", lambda: finetune.check(run))
-    asked = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 else None)
+    asked = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 or cfg.pure_bf16 else None)
     if not (cfg.fp16 and cfg.bf16) and (warning := choose_precision(asked, device)[1]):
         findings.append(Finding("precision", "note", warning, "leave the flag out, or use --mixed_precision auto"))
 

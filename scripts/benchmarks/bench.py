@@ -188,7 +188,7 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
             yield Comparison(
                 name=name,
                 title=f"training step, {precision}, 16 x (1 + 4), {what}",
-                tools=every,
+                tools=every if precision == "fp32" else {**every, "bge_accel --pure_bf16": {"flag": "--pure_bf16"}},
                 tolerance=tolerance,
                 limit=f"step {precision}",
                 **batch,
@@ -220,7 +220,7 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
         file.writelines(json.dumps(row) + "\n" for row in data.rows[:1000])
     yield Comparison(
         name="mine",
-        title="mining 7 of the places 2-50 for 1,000 rows, fp32, the whole command",
+        title="mining 7 of the places 2-50 for 1,000 rows, the whole command, each in its own default precision",
         tools=every,
         job={"task": "mine", "train_data": str(rows), "max_length": 256},
     )

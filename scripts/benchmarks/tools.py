@@ -55,8 +55,8 @@ def common_flags(job: dict) -> list[str]:
 
 def run_training(job: dict) -> list[tuple[float, float, float]]:
     """When each step ended (seconds since the epoch), its seconds and its loss."""
-    if job["tool"] == "bge_accel":
-        bf16 = ["--bf16"] if job["precision"] == "bf16" else []
+    if job["tool"].startswith("bge_accel"):
+        bf16 = [job.get("flag", "--bf16")] if job["precision"] == "bf16" else []
         run_script([str(SCRIPTS / "finetune.py"), *common_flags(job), *bf16])
         log = os.path.join(job["output_dir"], "train_log.jsonl")
         written = os.stat(log).st_mtime  # with the last step's line
@@ -203,7 +203,7 @@ def mine(job: dict) -> list[Sample]:
 
         rows = read_lines(data)
         pool = list({text for row in rows for text in (*row["pos"], *row["neg"])})
-        model = FlagModel(job["model_name_or_path"], devices=[job["device"]], pooling_method="mean", use_fp16=False)
+        model = FlagModel(job["model_name_or_path"], devices=[job["device"]], pooling_method="mean")
         p_emb = np.asarray(model.encode_corpus(pool, max_length=job["max_length"]), dtype=np.float32)
         q_emb = np.asarray(
             model.encode_queries([row["query"] for row in rows], max_length=job["max_length"]), dtype=np.float32
