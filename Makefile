@@ -2,6 +2,7 @@
 # make demo MODEL=...  the same with another encoder: a folder or a name on the hub
 # make test            every test but the long proofs; make test-slow runs those
 # make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
+# make test-versions  the fast tests with the lowest and the highest versions that requirements.txt allows (long)
 # make lint            ruff and mypy
 # make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour in all)
 # make bench-check     which ratio of the last `make bench` is more than 15 % below docs/benchmarks.json
@@ -9,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench bench-check demo demo-compare test test-slow lint install
+.PHONY: bench bench-check demo demo-compare test test-slow test-versions lint install
 
 install: .venv/installed
 
@@ -30,6 +31,25 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# PyPI's torch is a CUDA build of gigabytes; TORCH=torch==2.13.0 takes another version into both environments, where that
+# is at hand as a CPU build. Its lower end, 2.11, is the default only for the lowest.
+TESTS ?= -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+
+test-versions: .venv-lowest/installed .venv-highest/installed
+	.venv-lowest/bin/python -m pytest $(TESTS)
+	.venv-highest/bin/python -m pytest $(TESTS)
+
+.venv-lowest/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-lowest
+	sed -n 's/^\([A-Za-z0-9._-]*\)>=\([0-9.]*\).*/\1==\2/p' requirements.txt $(if $(TORCH),| sed 's/^torch==.*/$(TORCH)/') > .venv-lowest/constraints.txt
+	.venv-lowest/bin/python -m pip install --disable-pip-version-check --quiet -c .venv-lowest/constraints.txt -r requirements-dev.txt -e .
+	touch $@
+
+.venv-highest/installed: requirements.txt requirements-dev.txt
+	$(PYTHON) -m venv .venv-highest
+	.venv-highest/bin/python -m pip install --disable-pip-version-check --quiet $(TORCH) -r requirements-dev.txt -e .
+	touch $@
 
 lint: install
 	$(BIN)/ruff check .

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -401,33 +401,43 @@ def _write_card(
 ) -> None:
     import yaml
 
+    from bge_accel.model import read_settings
+    from bge_accel.report import fenced, front_matter, inline, license_of, usage, versions
+
     _write_text(os.path.join(folder, RECIPE), json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
-    library = "sentence-transformers" if os.path.isfile(os.path.join(folder, "modules.json")) else "transformers"
+    embeds = model_type == "encoder" and os.path.isfile(os.path.join(folder, "modules.json"))
+    how_to_use = ""
+    if embeds:
+        with suppress(ValueError):  # modules that this library does not know, which merging copies all the same
+            how_to_use = f"{usage(read_settings(folder))}\n\n"
     on_hub = [model.name for model in models if not os.path.isdir(model.name)]
-    bases = "".join(f"\n- {base}" for base in on_hub)
+    licenses = [license_of(model.folder) for model in models]
+    header = {
+        "library_name": "sentence-transformers" if embeds else "transformers",
+        "tags": ["merge", model_type],
+        **({"base_model": on_hub} if on_hub else {}),
+        # Models under different licences leave it to people to say what holds for their average.
+        **(licenses[0] if all(license == licenses[0] for license in licenses) else {}),
+    }
     rest = {key: value for key, value in recipe.items() if key != "models"}
-    rows = "\n".join(f"| {model['name']} | {model['weight']:.6g} |" for model in recipe["models"])
+    rows = "\n".join(f"| {inline(model['name'])} | {model['weight']:.6g} |" for model in recipe["models"])
     _write_text(
         os.path.join(folder, "README.md"),
-        f"""---
-library_name: {library}
-tags: [merge, {model_type}]
-{f"base_model:{bases}{chr(10)}" if on_hub else ""}---
-
-# {name}
+        f"""{front_matter(header)}
+# {inline(name)}
 
 A weighted average of {len(models)} models' weights. Tokenizer, configuration and whatever else the folder holds are
-those of {recipe["models"][0]["name"]}.
+those of {inline(recipe["models"][0]["name"])}.
 
 | model | weight |
 | :-- | --: |
 {rows}
 
-## Recipe
+{how_to_use}## Recipe
 
-```yaml
-{yaml.safe_dump(rest, sort_keys=False, allow_unicode=True).strip()}
-```
+{fenced(yaml.safe_dump(rest, sort_keys=False, allow_unicode=True), "yaml")}
+
+{versions("bge_accel", "torch", "transformers")}
 """,
     )
 

@@ -39,7 +39,7 @@ from bge_accel.data import Example, RowOrder, batch_positions, draw_example
 from bge_accel.jobs import leave_processes
 from bge_accel.reading import shorten
 from bge_accel.refused_flags import REFUSED
-from bge_accel.report import model_card
+from bge_accel.report import inline, license_of, model_card
 from bge_accel.rows import TrainingRows
 from bge_accel.sharding import read_deepspeed_config
 from bge_accel.sources import YAML, Source, SourceSchedule, find_sources, merge_small, source_shares
@@ -816,14 +816,17 @@ def main(cfg: Config) -> None:
             for key, value in asdict(without_secrets(cfg)).items()
         }
         accelerator.init_trackers("bge_accel", config=flat, init_kwargs=names)
-    log_file = None
+    log_file, license = None, dict[str, str]()
+    measured: dict[int, dict[str, dict[str, float]]] = {}
     if is_main:
+        license = license_of(cfg.model_name_or_path, cache_dir=cfg.cache_dir, token=cfg.token)
         path = os.path.join(cfg.output_dir, "train_log.jsonl")
         kept = []
         if resumed is not None and os.path.exists(path):  # what was logged after the checkpoint comes again
             with open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
             kept = [line for line in lines if json.loads(line)["step"] <= step]
+            measured = {row["step"]: row["eval"] for row in map(json.loads, kept) if "eval" in row}
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
@@ -899,7 +902,7 @@ def main(cfg: Config) -> None:
                     tokenizer,
                     settings,
                     state_dict=weights,
-                    model_card=card_of(cfg, settings, num_rows, step),
+                    model_card=card_of(cfg, settings, num_rows, step, license, measured),
                 )
                 write_state(folder, state, tensors)
                 with open(os.path.join(folder, STATE, "run_config.yaml"), "w", encoding="utf-8") as file:
@@ -925,7 +928,7 @@ def main(cfg: Config) -> None:
                 tokenizer,
                 settings,
                 state_dict=weights,
-                model_card=card_of(cfg, settings, num_rows, step),
+                model_card=card_of(cfg, settings, num_rows, step, license, measured),
             )
             flush_tree(aside)
             move_into(aside, folder)
@@ -944,6 +947,7 @@ def main(cfg: Config) -> None:
             for name, data in eval_sets.items()
         }
         seconds = time.perf_counter() - started
+        measured[step] = metrics
         is_best = best.update(step, metrics)
         shown = "  ".join(f"{name} {values[best.metric]:.4f}" for name, values in metrics.items())
         say(f"step {step}/{num_steps}  {best.metric}: {shown}{'  (best so far)' if is_best else ''}  {seconds:.1f} s")
@@ -1264,21 +1268,43 @@ def without_secrets(cfg: Config) -> Config:
     return Config(**{**asdict(cfg), "token": None})
 
 
-def card_of(cfg: Config, settings: Any, num_rows: int, step: int) -> str:
-    """README.md of the saved model. Folders are nobody else's business: their last parts say enough."""
+def card_of(
+    cfg: Config,
+    settings: Any,
+    num_rows: int,
+    step: int,
+    license: dict[str, str],
+    measured: dict[int, dict[str, dict[str, float]]],
+) -> str:
+    """README.md of the saved model. Folders are nobody else's business: their last parts say enough.
+
+    Args:
+        measured: metrics of each data set at the steps where they were measured.
+    """
+
+    def last_part(value: Any) -> Any:
+        if isinstance(value, list):
+            return [last_part(item) for item in value]
+        return os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.path.isabs(value) else value
+
     shown = without_secrets(cfg)
-    shown.model_name_or_path, shown.output_dir = (
-        os.path.basename(os.path.normpath(p)) if os.path.isabs(p) else p
-        for p in (shown.model_name_or_path, shown.output_dir)
-    )
+    for name in (
+        "model_name_or_path", "output_dir", "config_name", "tokenizer_name", "cache_dir", "cache_path", "eval_data",
+        "deepspeed", "resume_from_checkpoint",
+    ):  # fmt: skip
+        setattr(shown, name, last_part(getattr(shown, name)))
     shown.train_data = [os.path.basename(os.path.normpath(path)) for path in shown.train_data]
     rows = "streamed rows" if cfg.streaming else f"{num_rows:,} rows"
+    steps = {"before": 0, f"after {step:,} steps": step} if step else {"before": 0}
     return model_card(
         name=os.path.basename(os.path.abspath(cfg.output_dir)),
         base=cfg.model_name_or_path,
         settings=settings,
-        training=f"fine-tuned for {step:,} steps on {rows} of query and passages",
+        data=f"Data: {rows} of query and passages from {', '.join(map(inline, shown.train_data))}.",
+        training=f"fine-tuned for {step:,} steps",
         configuration=to_yaml(shown),
+        license=license,
+        scores={when: measured[at] for when, at in steps.items() if at in measured} if step in measured else None,
     )
 
 
