@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
+from bge_accel.reading import load_yaml
+
 T = TypeVar("T")
 
 
@@ -247,15 +249,10 @@ def _refuse(name: str, refusal: Refusal) -> type[argparse.Action]:
 def _read_yaml(
     path: str, parser: _Parser, names: Mapping[str, str], hints: Mapping[str, Any], refused: Mapping[str, Refusal]
 ) -> dict[str, Any]:
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        parser.error(f"--config {path}: {error.strerror or error}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} is not readable YAML: {' '.join(str(error).split())}")
+        content = load_yaml(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     if content is None:
         content = {}
     if not isinstance(content, dict):
