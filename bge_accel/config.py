@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 from bge_accel.reading import load_yaml
 
 T = TypeVar("T")
+SECRETS = ("--token",)
 
 
 class Refusal(NamedTuple):
@@ -76,6 +77,8 @@ def parse_config(
         )
 
     values = vars(parser.parse_args(argv))
+    if argv == sys.argv[1:]:
+        hide_secrets(sys.argv)
     values.pop("_refused", None)
     path = values.pop("config", None)
     if path is not None:
@@ -88,6 +91,16 @@ def parse_config(
     if missing:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
     return config_class(**values)
+
+
+def hide_secrets(argv: list[str]) -> None:
+    """Puts *** for the value of `--token` in a command line, of which trackers and errors keep a copy."""
+    for index, part in enumerate(argv):
+        flag, equals, _ = part.partition("=")
+        if flag in SECRETS and equals:
+            argv[index] = f"{flag}=***"
+        elif flag in SECRETS and index + 1 < len(argv):
+            argv[index + 1] = "***"
 
 
 def to_yaml(config: Any) -> str:

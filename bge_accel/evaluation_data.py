@@ -211,7 +211,7 @@ def _judged_pairs(path: str, faults: Faults) -> Iterator[tuple[str, str, str, st
         with open_binary(path) as file:
             lines = [(number, raw.decode("utf-8")) for number, raw in raw_lines(file)]
     except Exception as error:
-        if not (is_broken_file(error) or isinstance(error, UnicodeDecodeError)):
+        if not is_broken_file(error):
             raise
         faults.add(path, f"cannot be read: {error}")
         return

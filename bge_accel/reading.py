@@ -103,7 +103,7 @@ def open_binary(path: str) -> io.BufferedIOBase:
 def is_broken_file(error: Exception) -> bool:
     """Whether an error says that a file cannot be read, or is not what its name says."""
     # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
-    known = isinstance(error, OSError | EOFError | zlib.error | BrokenFileError)
+    known = isinstance(error, OSError | EOFError | zlib.error | UnicodeDecodeError | BrokenFileError)
     return known or any(kind.__name__ in BROKEN_FILE for kind in type(error).__mro__)
 
 

@@ -25,7 +25,7 @@ def read_run(path: str, faults: Faults) -> Rankings:
             for number, raw in raw_lines(file):
                 _add_line(rankings, raw.decode("utf-8").rstrip("\r\n"), f"{path}:{number}", faults)
     except Exception as error:
-        if not (is_broken_file(error) or isinstance(error, UnicodeDecodeError)):
+        if not is_broken_file(error):
             raise
         faults.add(path, f"cannot be read: {error}")
         return rankings
