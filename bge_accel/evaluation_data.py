@@ -209,7 +209,8 @@ def _judged_pairs(path: str, faults: Faults) -> Iterator[tuple[str, str, str, st
         return
     try:
         with open_binary(path) as file:
-            lines = [(number, raw.decode("utf-8")) for number, raw in raw_lines(file)]
+            decoded = ((number, raw.decode("utf-8")) for number, raw in raw_lines(file))
+            lines = [(number, line) for number, line in decoded if line.strip()]
     except Exception as error:
         if not is_broken_file(error):
             raise

@@ -251,8 +251,19 @@ def load_yaml(path: str) -> Any:
     """
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > DEEPEST:  # PyYAML takes a time quadratic in the depth
+                raise ValueError(f"nested more than {DEEPEST} deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
     try:
-        loader = yaml.SafeLoader(_read_small(path, LARGEST_YAML).decode("utf-8"))
+        loader = Loader(_read_small(path, LARGEST_YAML).decode("utf-8"))
         node = loader.get_single_node()
         if node is None:
             return None

@@ -14,6 +14,7 @@ import pytest
 
 from bge_accel.checkpoint import MANIFEST, STATE, what_is_damaged
 from bge_accel.config import option, parse_config
+from bge_accel.evaluation_data import read_qrels
 from bge_accel.merge_plan import module_folders
 from bge_accel.reading import Faults, find_files, load_yaml, read_rows
 from bge_accel.sources import read_sources
@@ -151,6 +152,18 @@ def test_a_yaml_bomb_is_refused(tmp_path):
             read(str(path))
     path.write_text("a: &a [x]\nb: *a")
     assert load_yaml(str(path)) == {"a": ["x"], "b": ["x"]}
+
+
+def test_deep_yaml_is_refused(tmp_path):
+    (tmp_path / "deep.yaml").write_text("[" * 2**19)
+    with pytest.raises(ValueError, match=r"deep.yaml is not readable YAML: nested more than 100 deep"):
+        load_yaml(str(tmp_path / "deep.yaml"))
+
+
+def test_a_line_of_separators_is_no_judgement(tmp_path):
+    (tmp_path / "a.tsv").write_bytes(b"\x1d")
+    faults = Faults()
+    assert read_qrels(str(tmp_path / "a.tsv"), faults) == {} and faults.count == 1
 
 
 def test_lines_and_arrays_have_an_end(tmp_path, monkeypatch):
