@@ -198,9 +198,7 @@ def _read_pooling(model: str, path: str, hub: dict[str, Any]) -> str:
     else:
         modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
     if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in _POOLING_FROM_ST:
-        raise ValueError(
-            f"{model}: pooling {shorten(modes)} is not supported; here it is one of {', '.join(POOLING_METHODS)}"
-        )
+        raise ValueError(f"{model}: pooling {modes} is not supported; here it is one of {', '.join(POOLING_METHODS)}")
     return _POOLING_FROM_ST[modes[0]]
 
 
