@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bge_accel.reading import is_inside, load_json, shorten
+
 if TYPE_CHECKING:
     import torch
 
@@ -26,6 +28,14 @@ STATE = "training_state"
 MANIFEST = os.path.join(STATE, "manifest.json")
 REQUEUE = "requeue"
 """Name of the file in a run's folder that says: stopped by a signal, to be continued."""
+
+
+_NUMBER = int | float
+_STATE: dict[str, Any] = {
+    "step": int, "batches": int, "skipped": int, "saved_epoch": int, "num_processes": int,
+    "position": dict, "settings": dict, "best": dict | None, "scaler": dict | None,
+    "activation_bytes": _NUMBER, "bytes_per_token": _NUMBER | None, "random": list, "streams": list,
+}  # fmt: skip
 
 
 @contextmanager
@@ -127,9 +137,12 @@ def write_manifest(folder: str) -> None:
 def what_is_damaged(folder: str) -> str | None:
     """What is wrong with a checkpoint, or None if every file is there and holds what was written."""
     try:
-        with open(os.path.join(folder, MANIFEST), encoding="utf-8") as file:
-            files = json.load(file)["files"]
+        if not os.path.exists(os.path.join(folder, MANIFEST)):
+            return f"{MANIFEST} is missing: it is no checkpoint to continue from, or its copy is incomplete"
+        files = load_json(os.path.join(folder, MANIFEST))["files"]
         for name, expected in files.items():
+            if not is_inside(name):
+                return f"{MANIFEST} names {shorten(name)}, which is not inside the checkpoint"
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
                 return f"{name} is missing"
@@ -137,8 +150,6 @@ def what_is_damaged(folder: str) -> str | None:
                 return f"{name} has {os.path.getsize(path):,} bytes where {expected['bytes']:,} were written"
             if _sha256(path) != expected["sha256"]:
                 return f"{name} does not hold what was written (its SHA-256 differs)"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing: it is no checkpoint to continue from, or its copy is incomplete"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     return None
@@ -192,9 +203,42 @@ def write_state(folder: str, state: Mapping[str, Any], tensors: "Mapping[str, to
 
 
 def read_state(folder: str) -> dict[str, Any]:
-    """The numbers that `write_state` wrote."""
-    with open(os.path.join(folder, STATE, "state.json"), encoding="utf-8") as file:
-        return json.load(file)
+    """The numbers that `write_state` wrote; ValueError where they are not there, or no JSON object."""
+    path = os.path.join(folder, STATE, "state.json")
+    state = load_json(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is {shorten(state)}: it is no state of a training")
+    return state
+
+
+def read_run_state(folder: str) -> dict[str, Any]:
+    """The state of a run of scripts/finetune.py; ValueError where it is anything else."""
+    path, state = os.path.join(folder, STATE, "state.json"), read_state(folder)
+    for name, kind in _STATE.items():
+        value = state.get(name)
+        if name not in state or not isinstance(value, kind) or isinstance(value, bool):
+            raise ValueError(f'{path}: "{name}" is {shorten(value)}: it is no state of a training')
+        if isinstance(value, int) and not 0 <= value < 2**63:
+            raise ValueError(f'{path}: "{name}" is {shorten(value)}: it has to be a count')
+    if len(state["random"]) != state["num_processes"] or len(state["streams"]) != state["num_processes"]:
+        raise ValueError(f'{path}: "random" and "streams" have to hold one entry for each process')
+    return state
+
+
+def read_optimizer(folder: str) -> "dict[str, torch.Tensor]":
+    """The optimiser's tensors that `write_state` wrote; there are none before the first step.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = os.path.join(folder, STATE, "optimizer.safetensors")
+    try:
+        return load_file(path) if os.path.exists(path) else {}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from None
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -277,15 +321,22 @@ def random_state(device: "torch.device") -> "dict[str, Any]":
 
 
 def set_random_state(state: Mapping[str, Any], device: "torch.device") -> None:
-    """Puts back what `random_state` gave; the device's is left alone where that had none."""
+    """Puts back what `random_state` gave; the device's is left alone where that had none.
+
+    Raises:
+        ValueError: it is not what `random_state` gives.
+    """
     import torch
 
-    torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-    if device.type == "cuda" and state["cuda"] is not None:
-        torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
-    np.random.set_state(tuple(state["numpy"]))
-    version, internal, next_gauss = state["python"]
-    random.setstate((version, tuple(internal), next_gauss))
+    try:
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if device.type == "cuda" and state["cuda"] is not None:
+            torch.cuda.set_rng_state(torch.tensor(state["cuda"], dtype=torch.uint8), device)
+        np.random.set_state(tuple(state["numpy"]))
+        version, internal, next_gauss = state["python"]
+        random.setstate((version, tuple(internal), next_gauss))
+    except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"the checkpoint's random generators are damaged ({error})") from None
 
 
 # ---- signals

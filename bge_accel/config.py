@@ -15,7 +15,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
+from bge_accel.reading import load_yaml
+
 T = TypeVar("T")
+SECRETS = ("--token",)
 
 
 class Refusal(NamedTuple):
@@ -74,6 +77,8 @@ def parse_config(
         )
 
     values = vars(parser.parse_args(argv))
+    if argv == sys.argv[1:]:
+        hide_secrets(sys.argv)
     values.pop("_refused", None)
     path = values.pop("config", None)
     if path is not None:
@@ -86,6 +91,16 @@ def parse_config(
     if missing:
         parser.error("missing: " + ", ".join(f"--{name}" for name in missing))
     return config_class(**values)
+
+
+def hide_secrets(argv: list[str]) -> None:
+    """Puts *** for the value of `--token` in a command line, of which trackers and errors keep a copy."""
+    for index, part in enumerate(argv):
+        flag, equals, _ = part.partition("=")
+        if flag in SECRETS and equals:
+            argv[index] = f"{flag}=***"
+        elif flag in SECRETS and index + 1 < len(argv):
+            argv[index + 1] = "***"
 
 
 def to_yaml(config: Any) -> str:
@@ -247,15 +262,10 @@ def _refuse(name: str, refusal: Refusal) -> type[argparse.Action]:
 def _read_yaml(
     path: str, parser: _Parser, names: Mapping[str, str], hints: Mapping[str, Any], refused: Mapping[str, Refusal]
 ) -> dict[str, Any]:
-    import yaml
-
     try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        parser.error(f"--config {path}: {error.strerror or error}")
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        parser.error(f"--config {path} is not readable YAML: {' '.join(str(error).split())}")
+        content = load_yaml(path)
+    except ValueError as error:
+        parser.error(f"--config {error}")
     if content is None:
         content = {}
     if not isinstance(content, dict):

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bge_accel.evaluation_sources import QRELS_EXTENSIONS, hub_rows, is_hub_name, locate, rows_at
-from bge_accel.reading import Faults, open_binary, shorten
+from bge_accel.reading import Faults, is_broken_file, open_binary, raw_lines, shorten
+
+MAX_GRADE = 10**9  # sums of gains are to stay numbers
 
 
 class Corpus(NamedTuple):
@@ -180,12 +182,17 @@ def read_qrels(path: str, faults: Faults) -> dict[str, dict[str, int]]:
     for where, query_id, corpus_id, grade_text in _judged_pairs(path, faults):
         try:
             grade = int(grade_text.removesuffix(".0"))
+            if abs(grade) > MAX_GRADE:
+                raise ValueError
         except ValueError:
-            faults.add(where, f"the score is {shorten(grade_text)}: it has to be a whole number")
+            faults.add(where, f"the score is {shorten(grade_text)}: it has to be a whole number, not beyond a billion")
             continue
         known = grades.setdefault(query_id, {}).setdefault(corpus_id, grade)
         if known != grade:
-            faults.add(where, f"query {query_id} and passage {corpus_id} were judged {known} before, and {grade} here")
+            faults.add(
+                where,
+                f"query {query_id} and passage {corpus_id} were judged {known} before, and {grade} here",
+            )
     if not grades and not faults.count:
         faults.add(path, "the file holds no judgements")
     return grades
@@ -202,12 +209,14 @@ def _judged_pairs(path: str, faults: Faults) -> Iterator[tuple[str, str, str, st
         return
     try:
         with open_binary(path) as file:
-            lines = file.read().decode("utf-8-sig").split("\n")
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            decoded = ((number, raw.decode("utf-8")) for number, raw in raw_lines(file))
+            lines = [(number, line) for number, line in decoded if line.strip()]
+    except Exception as error:
+        if not is_broken_file(error):
+            raise
         faults.add(path, f"cannot be read: {error}")
         return
-    filled = [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
-    for position, (number, line) in enumerate(filled):
+    for position, (number, line) in enumerate(lines):
         fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
         if position == 0 and fields[-1].lower() in ("score", "grade", "relevance", "rel", "label"):
             continue

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import IO, Any, TypeVar
 
 from bge_accel.checkpoint import differences, flush
-from bge_accel.reading import Faults, find_files, read_rows
+from bge_accel.reading import Faults, find_files, load_json, read_rows
 
 T = TypeVar("T")
 
@@ -188,8 +188,7 @@ def open_work(
     path = os.path.join(work, "fingerprint.json")
     fingerprint = json.loads(json.dumps(fingerprint))
     if os.path.exists(path):
-        with open(path, encoding="utf-8") as file:
-            old = json.load(file)
+        old = load_json(path)
         if old == fingerprint:
             done = sum(name.startswith("part-") and "." not in name for name in os.listdir(work))
             say(f"going on from an interrupted run: {done} of its chunks of rows are done")

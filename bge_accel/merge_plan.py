@@ -12,7 +12,6 @@ Which tensor becomes what:
 """
 
 import filecmp
-import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from bge_accel.config import check_model_path
-from bge_accel.model import read_settings
-from bge_accel.reading import Faults, shorten
+from bge_accel.model import read_modules, read_settings
+from bge_accel.reading import Faults, load_json, shorten
 from bge_accel.tensor_files import Layout, TensorFiles
 
 # model_type, the transformers class that loads it, and how one of its architectures ends.
@@ -126,6 +125,9 @@ def _check_configs(models: Sequence[MergeModel], model_type: str, faults: Faults
     for model in models:
         config = model.config
         architectures = config.get("architectures") or []
+        if not isinstance(architectures, list) or not all(isinstance(name, str) for name in architectures):
+            faults.add(model.name, f'"architectures" in its config.json is {shorten(architectures)}: no list of names')
+            continue
         if endings and architectures and not any(name.endswith(endings) for name in architectures):
             faults.add(model.name, f"its architecture {', '.join(architectures)} is no {model_type}")
         if model_type == "encoder-decoder" and not config.get("is_encoder_decoder"):
@@ -175,17 +177,25 @@ def _read_vocabulary(path: str) -> dict[str, int] | None:
     """Token to number; None where the file is not text."""
     folder, name = os.path.split(path)
     if name == "vocab.txt":
-        with open(path, encoding="utf-8") as file:
-            return {line.rstrip("\n"): number for number, line in enumerate(file)}
+        try:
+            with open(path, encoding="utf-8") as file:
+                return {line.rstrip("\n"): number for number, line in enumerate(file)}
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from None
     if not name.endswith(".json"):
         return None
     content = read_json(folder, name)
-    if name == "vocab.json":
-        return content
-    vocabulary = (content.get("model") or {}).get("vocab") or {}
-    if isinstance(vocabulary, list):  # Unigram: [piece, score] in order
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in content.get("added_tokens") or []}}
+    try:
+        vocabulary = content if name == "vocab.json" else (content.get("model") or {}).get("vocab") or {}
+        if isinstance(vocabulary, list):  # Unigram: [piece, score] in order
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        added = [] if name == "vocab.json" else content.get("added_tokens") or []
+        found = {**vocabulary, **{token["content"]: token["id"] for token in added}}
+    except (AttributeError, LookupError, TypeError, ValueError):
+        found = {}
+    if not found or not all(isinstance(token, str) for token in found):
+        raise ValueError(f"{path} is no vocabulary that is known here")
+    return found
 
 
 def _check_modules(models: Sequence[MergeModel], model_type: str, faults: Faults) -> None:
@@ -278,21 +288,11 @@ def _tied_to(files: TensorFiles, name: str, candidates: set[str]) -> str | None:
 
 def read_json(folder: str, name: str) -> Any:
     path = os.path.join(folder, name)
-    if not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return load_json(path) if os.path.isfile(path) else None
 
 
 def module_folders(folder: str) -> list[str]:
     """Folders inside a model that belong to it."""
-    paths = [module.get("path") for module in read_json(folder, "modules.json") or []]
-    outside = next((path for path in paths if path and (os.path.isabs(path) or ".." in path.split("/"))), None)
-    if outside is not None:
-        raise ValueError(f"{folder}: its modules.json names {outside!r}, which is not inside the model")
-    return [
-        path for path in (*paths, "additional_chat_templates") if path and os.path.isdir(os.path.join(folder, path))
-    ]
+    modules = read_json(folder, "modules.json")
+    paths = [path for _, path in read_modules(folder, [] if modules is None else modules) if path]
+    return [path for path in (*paths, "additional_chat_templates") if os.path.isdir(os.path.join(folder, path))]

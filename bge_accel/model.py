@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bge_accel.reading import is_inside, load_json, shorten
 from bge_accel.unpadded import pool_packed
 
 POOLING_METHODS = ("cls", "mean", "last_token")
@@ -135,18 +136,25 @@ def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
         return EmbeddingSettings()
     pooling: str | None = None
     normalize = False
-    for module in modules:
-        kind = module["type"].rsplit(".", 1)[-1]
+    for type_name, path in read_modules(model_name_or_path, modules):
+        kind = type_name.rsplit(".", 1)[-1]
         if kind == "Pooling":
-            pooling = _read_pooling(model_name_or_path, module["path"], hub)
+            pooling = _read_pooling(model_name_or_path, path, hub)
         elif kind == "Normalize":
             normalize = True
         elif kind not in ("Transformer", "Dropout"):
-            raise ValueError(f"{model_name_or_path}: its module {module['type']} is not supported here")
-    transformer = _read_json(model_name_or_path, "sentence_bert_config.json", hub) or {}
-    prompts_file = _read_json(model_name_or_path, "config_sentence_transformers.json", hub) or {}
-    prompts = dict(prompts_file.get("prompts") or {})
-    default = prompts.get(prompts_file.get("default_prompt_name") or "", "")
+            raise ValueError(f"{model_name_or_path}: its module {type_name} is not supported here")
+    transformer = _read_object(model_name_or_path, "sentence_bert_config.json", hub)
+    prompts_file = _read_object(model_name_or_path, "config_sentence_transformers.json", hub)
+    longest, prompts = transformer.get("max_seq_length"), prompts_file.get("prompts") or {}
+    if longest is not None and (type(longest) is not int or not 0 < longest < 2**31):
+        raise ValueError(
+            f'{model_name_or_path}: "max_seq_length" is {shorten(longest)}: it has to be a number of tokens'
+        )
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        raise ValueError(f'{model_name_or_path}: "prompts" is {shorten(prompts)}: each has to be a text by its name')
+    prompts, default_name = dict(prompts), prompts_file.get("default_prompt_name")
+    default = prompts.get(default_name, "") if isinstance(default_name, str) else ""
     query_prefix = prompts.pop("query", default)
     passage_name = next((name for name in ("document", "passage", "corpus") if prompts.get(name)), "document")
     passage_prefix = prompts.pop(passage_name, default)
@@ -155,22 +163,41 @@ def read_settings(model_name_or_path: str, **hub: Any) -> EmbeddingSettings:
         normalize=normalize,
         query_prefix=query_prefix,
         passage_prefix=passage_prefix,
-        max_length=transformer.get("max_seq_length"),
+        max_length=longest,
         lower_case=bool(transformer.get("do_lower_case")),
         other_prompts={name: text for name, text in prompts.items() if name != "document"},
     )
 
 
+def read_modules(model: str, modules: Any) -> list[tuple[str, str]]:
+    """Type and folder of each module in what a `modules.json` holds.
+
+    Raises:
+        ValueError: it is no list of modules, or one lies outside the model.
+    """
+    if not isinstance(modules, list):
+        raise ValueError(f"{model}: its modules.json is {shorten(modules)}: it has to be a list")
+    found = []
+    for module in modules:
+        kind, path = (module.get("type"), module.get("path")) if isinstance(module, dict) else (None, None)
+        if not isinstance(kind, str):
+            raise ValueError(f"{model}: its modules.json has {shorten(module)}, which is no module")
+        if path and not is_inside(path):
+            raise ValueError(f"{model}: its modules.json names {shorten(path)}, which is not inside the model")
+        found.append((kind, path or ""))
+    return found
+
+
 def _read_pooling(model: str, path: str, hub: dict[str, Any]) -> str:
-    config = _read_json(model, f"{path}/config.json", hub) or {}
+    config = _read_object(model, f"{path}/config.json" if path else "config.json", hub)
     if config.get("include_prompt") is False:
         raise ValueError(f"{model}: pooling that leaves out the prompt (include_prompt: false) is not supported here")
     if "pooling_mode" in config:
         mode = config["pooling_mode"]
-        modes = [mode] if isinstance(mode, str) else list(mode)
+        modes = mode if isinstance(mode, list) else [mode]
     else:
         modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    if len(modes) != 1 or modes[0] not in _POOLING_FROM_ST:
+    if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in _POOLING_FROM_ST:
         raise ValueError(f"{model}: pooling {modes} is not supported; here it is one of {', '.join(POOLING_METHODS)}")
     return _POOLING_FROM_ST[modes[0]]
 
@@ -183,11 +210,14 @@ def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:
         path = _from_hub(model, name, hub)
     if path is None:
         return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
+    return load_json(path)
+
+
+def _read_object(model: str, name: str, hub: dict[str, Any]) -> dict[str, Any]:
+    content = _read_json(model, name, hub)
+    if content is not None and not isinstance(content, dict):
+        raise ValueError(f"{model}: its {name} is {shorten(content)}: it has to be an object {{...}}")
+    return content or {}
 
 
 def _from_hub(model: str, name: str, hub: dict[str, Any]) -> str | None:

@@ -1,10 +1,14 @@
-"""Files of rows: finding them, reading every format, and saying what is wrong with them, by file and line."""
+"""Files of rows: finding them, reading every format, and saying what is wrong with them, by file and line.
+
+Whatever a file holds, it is read or refused: memory stays bounded, and nothing else than a ValueError comes of it.
+"""
 
 import glob
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 import zlib
@@ -16,7 +20,18 @@ FIELDS = ("query", "pos", "neg", "pos_scores", "neg_scores", "prompt")  # of a t
 MAX_FAULTS_SHOWN = 10
 BOM = b"\xef\xbb\xbf"
 UNREADABLE = object()
-BROKEN_FILE = ("ZstdError", "ArrowInvalid")  # of libraries that are imported where they are needed
+BROKEN_FILE = ("ZstdError", "ArrowException")  # of libraries that are imported where they are needed
+# Unpacked bytes: what a few kilobytes of a .gz can become must not fill the memory.
+LONGEST_LINE = 2**28
+LARGEST_ARRAY = 2**31
+LARGEST_JSON = 2**27
+LARGEST_YAML = 2**20
+MOST_YAML_NODES = 100_000  # every alias counted as what it stands for
+DEEPEST = 100  # what is nested deeper, Python may read and then not be able to write or compare
+
+
+class BrokenFileError(ValueError):
+    """A file that is not what its name says."""
 
 
 class Faults:
@@ -45,6 +60,8 @@ def shorten(value: Any, limit: int = 80) -> str:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
+    except RecursionError:
+        text = f"a {type(value).__name__}"
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
@@ -61,7 +78,9 @@ def find_files(paths: Sequence[str], faults: Faults) -> list[str]:
             if not path.endswith(EXTENSIONS):
                 faults.add(path, f"unknown kind of file: its name has to end in {', '.join(EXTENSIONS)}")
             files.append(path)
-        elif matches := sorted(glob.glob(path)):
+        elif os.path.lexists(path):
+            faults.add(path, "is neither a file nor a folder, or a link that leads nowhere")
+        elif matches := [] if "\0" in path else sorted(glob.glob(path)):
             files += find_files(matches, faults)
         else:
             faults.add(path, "no such file or folder")
@@ -84,7 +103,8 @@ def open_binary(path: str) -> io.BufferedIOBase:
 def is_broken_file(error: Exception) -> bool:
     """Whether an error says that a file cannot be read, or is not what its name says."""
     # EOFError: a compressed file cut short; the libraries' own errors for one that is broken.
-    return isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ in BROKEN_FILE
+    known = isinstance(error, OSError | EOFError | zlib.error | UnicodeDecodeError | BrokenFileError)
+    return known or any(kind.__name__ in BROKEN_FILE for kind in type(error).__mro__)
 
 
 def read_rows(path: str, faults: Faults) -> Iterator[tuple[str, int, dict[str, Any]]]:
@@ -119,15 +139,23 @@ def _read_parquet(path: str) -> Iterator[tuple[int, Any]]:
     line = 0
     with ParquetFile(path, memory_map=True) as file:
         for batch in file.iter_batches(batch_size=1000):
-            for value in batch.to_pylist():
+            for value in parquet_rows(batch):
                 line += 1
                 yield line, value
+
+
+def parquet_rows(batch: Any) -> list[dict[str, Any]]:
+    """The rows of an Arrow batch; `BrokenFileError` where one holds what is no text, no date or the like."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
+        raise BrokenFileError(f"a value cannot be read ({error})") from None
 
 
 def _read_json(path: str, faults: Faults) -> Iterator[tuple[int, Any]]:
     with open_binary(path) as file:
         if begins_array(file):
-            yield from _read_array(path, file.read(), faults)
+            yield from read_array(path, file, faults)
         else:
             for line, raw in raw_lines(file):
                 yield line, parse_json(f"{path}:{line}", raw, faults)
@@ -139,35 +167,148 @@ def begins_array(file: io.BufferedIOBase) -> bool:
 
 
 def raw_lines(file: io.BufferedIOBase) -> Iterator[tuple[int, bytes]]:
-    """Each line that is not blank, with its number."""
-    for line, raw in enumerate(file, start=1):
+    """Each line that is not blank, with its number; `BrokenFileError` where one has no end."""
+    for line, raw in enumerate(iter(lambda: file.readline(LONGEST_LINE), b""), start=1):
+        if len(raw) == LONGEST_LINE:
+            raise BrokenFileError(f"line {line} is longer than {LONGEST_LINE >> 20} MB, so it is no row")
         if line == 1:
             raw = raw.removeprefix(BOM)
         if raw.strip():
             yield line, raw
 
 
-def _read_array(path: str, raw: bytes, faults: Faults) -> Iterator[tuple[int, Any]]:
-    items = parse_json(path, raw.removeprefix(BOM), faults)
+def read_array(path: str, file: io.BufferedIOBase, faults: Faults) -> Iterator[tuple[int, Any]]:
+    """Each item of a file that is one JSON array, counted from 1."""
+    raw = bytearray()
+    while part := file.read(2**20):
+        raw += part
+        if len(raw) > LARGEST_ARRAY:
+            raise BrokenFileError(f"one JSON array of more than {LARGEST_ARRAY >> 20} MB; write one row a line instead")
+    items = parse_json(path, bytes(raw.removeprefix(BOM)), faults)
     yield from enumerate(items if isinstance(items, list) else [items], start=1)
 
 
 def parse_json(where: str, raw: bytes, faults: Faults) -> Any:
     """The JSON value in `raw`, or `UNREADABLE` after a fault."""
     try:
+        return decode_json(raw)
+    except ValueError as error:
+        faults.add(where, str(error))
+        return UNREADABLE
+
+
+def decode_json(raw: bytes, *, is_text: bool = True) -> Any:
+    """The JSON value in `raw`; ValueError says what is wrong with it.
+
+    Args:
+        is_text: whether strings have to be text; names of files need not be.
+    """
+    try:
         text = raw.decode("utf-8")
         value = json.loads(text)
-        if "\\ud" in text or "\\uD" in text:  # half a surrogate pair is JSON, but no text
+        if is_text and ("\\ud" in text or "\\uD" in text):  # half a surrogate pair is JSON, but no text
             json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
     except UnicodeDecodeError as error:
-        faults.add(where, f"broken UTF-8 at byte {error.start} of the line: {raw[max(0, error.start - 20) :][:40]!r}")
+        found = raw[max(0, error.start - 20) :][:40]
+        raise ValueError(f"broken UTF-8 at byte {error.start} of the line: {found!r}") from None
     except UnicodeEncodeError as error:
         half = error.object[error.start : error.start + 1].encode("unicode_escape").decode()
-        faults.add(where, f"{half} is half of a character (a lone surrogate); remove it or write the whole character")
-    except (json.JSONDecodeError, RecursionError) as error:
-        faults.add(where, f"not JSON ({error}): {shorten(raw[:80].decode('utf-8', 'replace'))}")
-    return UNREADABLE
+        what = f"{half} is half of a character (a lone surrogate); remove it or write the whole character"
+        raise ValueError(what) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        raise ValueError(f"not JSON ({error}): {shorten(raw[:80].decode('utf-8', 'replace'))}") from None
+    if text.count("[") + text.count("{") > DEEPEST and _is_deep(value):
+        raise ValueError(f"nested more than {DEEPEST} deep: {shorten(text[:80])}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        inside = (item for outer in level for item in (outer.values() if isinstance(outer, dict) else outer))
+        level = [item for item in inside if isinstance(item, dict | list | tuple)]
+    return bool(level)
+
+
+def load_json(path: str) -> Any:
+    """The value of a JSON file that is small: a manifest, an index, a configuration.
+
+    Raises:
+        ValueError: with the file, where it is not there, is too large, or is no JSON.
+    """
+    raw = _read_small(path, LARGEST_JSON)
+    try:
+        return decode_json(raw, is_text=False)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).replace(' of the line', '')}") from None
+
+
+def load_yaml(path: str) -> Any:
+    """The value of a YAML file; text, numbers, lists and mappings alone, and no alias that multiplies them.
+
+    Raises:
+        ValueError: with the file, and the line as far as YAML says it.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.depth += 1
+            if self.depth > DEEPEST:  # PyYAML takes a time quadratic in the depth
+                raise ValueError(f"nested more than {DEEPEST} deep")
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
+
+    try:
+        loader = Loader(_read_small(path, LARGEST_YAML).decode("utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_nodes(node, {}) > MOST_YAML_NODES:
+            raise ValueError(f"with its aliases written out it has more than {MOST_YAML_NODES:,} values")
+        value = loader.construct_document(node)
+    except RecursionError:
+        raise ValueError(f"{path} is not readable YAML: nested too deeply") from None
+    except BrokenFileError:
+        raise
+    # AttributeError and others: a tag (!!timestamp, !!bool) before what is none.
+    except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
+        raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None
+    return value
+
+
+def _num_nodes(node: Any, known: dict[int, float]) -> float:
+    """How many values a YAML node stands for; infinitely many where it is inside itself."""
+    if id(node) not in known:
+        known[id(node)] = math.inf
+        if isinstance(node.value, str):
+            node.value.encode("utf-8")  # no lone surrogates
+            inside = []
+        else:
+            inside = [item for entry in node.value for item in (entry if isinstance(entry, tuple) else (entry,))]
+        known[id(node)] = 1 + sum(_num_nodes(item, known) for item in inside)
+    return known[id(node)]
+
+
+def is_inside(name: Any) -> bool:
+    """Whether a name that stands in a file leads to something below that file's folder."""
+    return isinstance(name, str) and name != "" and not os.path.isabs(name) and ".." not in name.split("/")
+
+
+def _read_small(path: str, limit: int) -> bytes:
+    try:
+        if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):  # a pipe would be waited for
+            raise BrokenFileError(f"{path} cannot be read: it is no file")
+        with open(path, "rb") as file:
+            raw = file.read(limit + 1)
+    except OSError as error:
+        raise BrokenFileError(f"{path} cannot be read: {error.strerror or error}") from None
+    if len(raw) > limit:
+        raise BrokenFileError(f"{path} cannot be read: it is larger than {limit >> 20} MB")
+    return raw
 
 
 def check_training_row(row: dict[str, Any]) -> list[str]:

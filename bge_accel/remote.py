@@ -6,15 +6,24 @@ first 10 MB, and stops at a later row whose "neg" is the first, or whose scores 
 
 import gzip
 import io
-import itertools
 import os
 import re
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from bge_accel.reading import BOM, BROKEN_FILE, EXTENSIONS, FIELDS, Faults, find_files, open_binary, parse_json
+from bge_accel.reading import (
+    EXTENSIONS,
+    FIELDS,
+    Faults,
+    begins_array,
+    find_files,
+    is_broken_file,
+    open_binary,
+    parquet_rows,
+    raw_lines,
+    read_array,
+)
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:/]*))?(?::([\w.]+))?")
 
@@ -123,19 +132,18 @@ def read_items(path: str, after: int = 0) -> Iterator[tuple[int, Any]]:
             if file_name(path).endswith(".parquet"):
                 yield from _read_parquet(file, after)
                 return
-            first = file.peek(4096)[:4096].removeprefix(BOM).lstrip()[:1]
-            if first == b"[":
+            if begins_array(file):
                 faults = Faults()
-                items = parse_json(path, file.read().removeprefix(BOM), faults)
+                items = list(read_array(path, file, faults))
                 faults.raise_if_any()
-                yield from itertools.islice(enumerate(items, start=1), after, None)
+                yield from items[after:]
                 return
-            for line, raw in enumerate(file, start=1):
-                if line > after and raw.strip():
-                    yield line, raw.removeprefix(BOM) if line == 1 else raw
+            for line, raw in raw_lines(file):
+                if line > after:
+                    yield line, raw
     except Exception as error:
-        known = isinstance(error, OSError | EOFError | zlib.error) or type(error).__name__ in BROKEN_FILE
-        if not known and not ("://" in path and isinstance(error, ValueError)):  # a server that sends no ranges
+        sends_no_ranges = "://" in path and isinstance(error, ValueError)
+        if not is_broken_file(error) and not sends_no_ranges:
             raise
         raise ValueError(f"{path}: cannot be read: {error or type(error).__name__}") from error
 
@@ -149,7 +157,7 @@ def _read_parquet(file: Any, after: int) -> Iterator[tuple[int, Any]]:
         for batch in table.iter_batches(batch_size=1000, columns=columns):
             if line + len(batch) > after:
                 rest = max(0, after - line)
-                yield from enumerate(batch.slice(rest).to_pylist(), start=line + rest + 1)
+                yield from enumerate(parquet_rows(batch.slice(rest)), start=line + rest + 1)
             line += len(batch)
 
 

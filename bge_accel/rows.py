@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_accel.data import draw_other_passage
-from bge_accel.reading import FIELDS, Faults, check_training_row, find_files, read_rows, text_id
+from bge_accel.reading import (
+    FIELDS,
+    Faults,
+    check_training_row,
+    find_files,
+    is_broken_file,
+    load_json,
+    read_rows,
+    text_id,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -230,8 +239,12 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
             f"checked rows cannot be kept in {cache_folder}: {error.strerror or error}; name a folder with space for a "
             "copy of the data by --cache_path"
         ) from None
-    with open(f"{name}.json", encoding="utf-8") as note:
-        return RowFile(path, f"{name}.arrow", json.load(note)["digest"])
+    try:
+        return RowFile(path, f"{name}.arrow", load_json(f"{name}.json")["digest"])
+    except Exception as error:
+        if not (is_broken_file(error) or isinstance(error, ValueError | LookupError | TypeError)):
+            raise
+        raise ValueError(f"{name}.arrow, the checked copy of {path}, is damaged ({error}); remove it") from None
 
 
 def _hash(text: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from bge_accel.jobs import gather
+from bge_accel.reading import load_json, shorten
 from bge_accel.store import EmbeddingStore
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
@@ -231,19 +232,27 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
     faiss = _import_faiss("saved")
     assert faiss is not None
     try:
-        with open(f"{path}.json", encoding="utf-8") as file:
-            found = json.load(file)
-        index = faiss.read_index(path)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"the index {path} cannot be read ({str(error).splitlines()[0]}): build it anew") from None
+        found = load_json(f"{path}.json")
+        if not isinstance(found, dict):
+            raise ValueError(f"{path}.json is {shorten(found)}")
+    except ValueError as error:
+        raise ValueError(f"the index {path} cannot be read ({error}): build it anew") from None
     wanted = json.loads(json.dumps(about))
     lines = [
         f"{name}: {json.dumps(found.get(name))} in the index, {json.dumps(value)} here"
         for name, value in wanted.items()
         if found.get(name) != value
     ]
-    if lines or (index.ntotal, index.d) != (found.get("num_passages"), found.get("dim")):
-        raise ValueError(f"the index {path} was built from something else: build it anew\n  " + "\n  ".join(lines))
+    other = f"the index {path} was built from something else: build it anew\n  " + "\n  ".join(lines)
+    if lines:
+        raise ValueError(other)
+    try:
+        index = faiss.read_index(path)
+    except (OSError, ValueError, RuntimeError, MemoryError) as error:
+        what = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"the index {path} cannot be read ({what}): build it anew") from None
+    if (index.ntotal, index.d) != (found.get("num_passages"), found.get("dim")):
+        raise ValueError(other)
     return index
 
 

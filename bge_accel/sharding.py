@@ -1,8 +1,9 @@
 """What FSDP2 and DeepSpeed need beyond Accelerate for a step of many forward and backward passes."""
 
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from bge_accel.reading import load_json
 
 if TYPE_CHECKING:
     import torch
@@ -15,12 +16,9 @@ def read_deepspeed_config(path: str) -> dict[str, Any]:
         ValueError: the file cannot be read or is no JSON object.
     """
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
-    except OSError as error:
-        raise ValueError(f"--deepspeed {path}: {error.strerror or error}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"--deepspeed {path} is not JSON: {error}") from None
+        config = load_json(path)
+    except ValueError as error:
+        raise ValueError(f"--deepspeed {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"--deepspeed {path}: expected an object {{...}}")
     config.pop("optimizer", None)

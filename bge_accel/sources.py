@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.reading import EXTENSIONS, Faults, find_files, shorten
+from bge_accel.reading import EXTENSIONS, Faults, find_files, load_yaml, shorten
 
 WINDOW = 1024  # items that are put in order together
 YAML = (".yaml", ".yml")
@@ -101,15 +101,7 @@ def read_sources(path: str) -> list[Source]:
     Raises:
         ValueError: with the file, the source and the key that is wrong.
     """
-    import yaml
-
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = yaml.safe_load(file)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror or error}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not YAML: {error}") from None
+    content = load_yaml(path)
     if isinstance(content, dict) and set(content) == {"sources"}:
         content = content["sources"]
     if not isinstance(content, list) or not content:

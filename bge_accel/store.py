@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from bge_accel.checkpoint import flush
+from bge_accel.reading import load_json, shorten
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -73,12 +74,13 @@ class Manifest:
         np.lib.format.write_array_header_1_0(buffer, header)
         return buffer.getvalue()
 
+    def shards(self) -> list[dict[str, Any]]:
+        """Name and number of rows of each file."""
+        bounds = map(self.rows_of, range(self.num_shards))
+        return [{"file": shard_name(shard), "count": stop - start} for shard, (start, stop) in enumerate(bounds)]
+
     def to_json(self) -> str:
         """The text of `manifest.json`."""
-        shards = [
-            {"file": shard_name(shard), "count": self.rows_of(shard)[1] - self.rows_of(shard)[0]}
-            for shard in range(self.num_shards)
-        ]
         content = {
             "format": FORMAT,
             "num_texts": self.num_texts,
@@ -87,7 +89,7 @@ class Manifest:
             "shard_size": self.shard_size,
             "model": self.model,
             "settings": dict(self.settings),
-            "shards": shards,
+            "shards": self.shards(),
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
@@ -127,18 +129,40 @@ def read_manifest(folder: str) -> Manifest:
         ValueError: the folder is no store, or one of another version.
     """
     path = os.path.join(folder, MANIFEST)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        if content["format"] != FORMAT:
-            raise ValueError(f"{path} is of format {content['format']}, this version reads {FORMAT}: encode afresh")
-        return Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
-    except FileNotFoundError:
+    if not os.path.exists(path):
         raise ValueError(
             f"{folder} is no embedding store, it has no {MANIFEST}; write one with scripts/encode_corpus.py"
-        ) from None
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} cannot be read ({error!r}); remove the folder and encode afresh") from None
+        )
+    try:
+        content = load_json(path)
+        if isinstance(content, dict) and "format" in content and content["format"] != FORMAT:
+            raise ValueError(f"{path} is of format {shorten(content['format'])}, this version reads {FORMAT}")
+        wrong = _what_is_wrong_with(content)
+        if wrong is not None:
+            raise ValueError(f"{path} cannot be read: {wrong}")
+    except ValueError as error:
+        raise ValueError(f"{error}; remove the folder and encode afresh") from None
+    return Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
+
+
+def _what_is_wrong_with(content: Any) -> str | None:
+    """Why something is not what `Manifest.to_json` writes, or None."""
+    if not isinstance(content, dict):
+        return f"it is {shorten(content)}"
+    for name in ("num_texts", "dim", "shard_size"):
+        value = content.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**63:
+            return f'"{name}" is {shorten(value)}, which is no count'
+    for name, kind in (("format", int), ("dtype", str), ("settings", dict), ("model", str), ("shards", list)):
+        if not isinstance(content.get(name), kind):
+            return f'"{name}" is {shorten(content.get(name))}'
+    if content["dtype"] not in DTYPES:
+        return f'"dtype" is {shorten(content["dtype"])}, not one of {", ".join(DTYPES)}'
+    manifest = Manifest(**{name: content[name] for name in Manifest.__dataclass_fields__})
+    # Their number first: a manifest of a few bytes may speak of more shards than there are bytes in the world.
+    if len(content["shards"]) != manifest.num_shards or content["shards"] != manifest.shards():
+        return '"shards" are not those of its numbers'
+    return None
 
 
 def differences(wanted: Manifest, found: Manifest, *, ignore: Iterable[str] = ()) -> list[str]:

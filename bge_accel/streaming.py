@@ -65,6 +65,25 @@ class _Item(NamedTuple):
     """After this row."""
 
 
+def _is_state(state: Any) -> bool:
+    """Whether it is what `RowStream.state_dict` returns."""
+    if (
+        not isinstance(state, Mapping)
+        or not {"epoch", "block", "taken", "position", "stream", "revisions"} <= state.keys()
+    ):
+        return False
+    position, stream, revisions = state["position"], state["stream"], state["revisions"]
+    return (
+        isinstance(position, list)
+        and len(position) == len(Position._fields)
+        and all(type(n) is int and 0 <= n < 2**63 for n in (state["epoch"], state["block"], state["taken"], *position))
+        and isinstance(stream, Mapping)
+        and {"seed", "rank", "num_ranks", "buffer_size", "files"} <= stream.keys()
+        and isinstance(revisions, Mapping)
+        and all(isinstance(commit, str) for commit in revisions.values())
+    )
+
+
 class RowStream:
     """One process's share of the rows, shuffled block by block, epoch after epoch without end.
 
@@ -95,6 +114,10 @@ class RowStream:
         need_scores: bool = False,
         state: Mapping[str, Any] | None = None,
     ) -> None:
+        if state is not None and not _is_state(state):
+            raise ValueError(
+                f"{', '.join(paths)}: the checkpoint's position in the stream is damaged: {shorten(state)}"
+            )
         self._paths, self._seed, self._rank, self._num_ranks = paths, seed, rank, num_ranks
         self._buffer_size, self._need_scores = buffer_size, need_scores
         files, sizes, self._revisions = find_stream_files(paths, state["revisions"] if state else {})

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bge_accel.reading import decode_json, load_json, shorten
+
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 DTYPES = {
@@ -36,6 +38,8 @@ DTYPES = {
     "C64": torch.complex64,
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_ENDINGS = (".safetensors", ".bin")
+_MOST_DIMS = 64  # torch's own limit
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
 
@@ -129,14 +133,13 @@ class TensorFiles:
 
     def _read_index(self, name: str) -> dict[str, str]:
         path = self._path(name)
-        try:
-            with open(path, encoding="utf-8") as file:
-                files = dict(json.load(file)["weight_map"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is no index of weights ({type(error).__name__}: {error})") from None
-        outside = next((file for file in files.values() if os.path.basename(file) != file), None)
-        if outside is not None:
-            raise ValueError(f"{path} names {outside!r}, which is not a file of this folder")
+        content = load_json(path)
+        files = content.get("weight_map") if isinstance(content, dict) else None
+        if not isinstance(files, dict):
+            raise ValueError(f'{path} is no index of weights: it has no "weight_map"')
+        for file in files.values():
+            if not isinstance(file, str) or os.path.basename(file) != file or not file.endswith(_ENDINGS):
+                raise ValueError(f"{path} names {shorten(file)}, which is not a file of this folder")
         return files
 
     def _open_safetensors(self, path: str) -> None:
@@ -146,16 +149,23 @@ class TensorFiles:
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"{path} is no safetensors file, or it is cut short")
             try:
-                header = json.loads(file.read(length))
-                header.pop("__metadata__", None)
-                entries = {name: (e["dtype"], tuple(e["shape"]), *e["data_offsets"]) for name, e in header.items()}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}: its header is damaged ({type(error).__name__}: {error})") from None
-        for name, (dtype, shape, start, stop) in entries.items():
+                header = decode_json(file.read(length))
+            except ValueError as error:
+                raise ValueError(f"{path}: its header is damaged ({error})") from None
+        if not isinstance(header, dict):
+            raise ValueError(f"{path}: its header is damaged ({shorten(header)})")
+        header.pop("__metadata__", None)
+        for name, entry in header.items():
+            wrong = f"{path}: its header is damaged ({shorten(name)}: {shorten(entry)})"
+            if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+                raise ValueError(wrong)
+            dtype, shape, offsets = entry["dtype"], _counts(entry.get("shape")), _counts(entry.get("data_offsets"))
+            if shape is None or offsets is None or len(shape) > _MOST_DIMS or len(offsets) != 2:
+                raise ValueError(wrong)
             if dtype not in DTYPES:
                 raise ValueError(f"{path}: the tensor {name} is of type {dtype}, which is not supported here")
-            layout = Layout(DTYPES[dtype], shape)
-            if stop - start != layout.num_bytes or start < 0 or 8 + length + stop > size:
+            layout, (start, stop) = Layout(DTYPES[dtype], tuple(shape)), offsets
+            if stop - start != layout.num_bytes or 8 + length + stop > size:
                 raise ValueError(f"{path} does not hold the whole tensor {name}: it is cut short or damaged")
             self._add(name, layout, _Place(path, 8 + length + start))
 
@@ -164,12 +174,21 @@ class TensorFiles:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a damaged or foreign pickle makes of itself
             raise ValueError(
-                f"{path} cannot be read as tensors alone ({str(error).splitlines()[0]}); load it where you trust it and "
-                "save it with save_pretrained"
+                f"{path} cannot be read as tensors alone ({next(iter(str(error).splitlines()), type(error).__name__)}); load it "
+                "where you trust it and save it with save_pretrained"
             ) from error
+        if not isinstance(loaded, dict):
+            raise ValueError(f"{path} holds a {type(loaded).__name__}, no tensors by name")
         for name, tensor in loaded.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ValueError(f"{path}: {name} is a {type(tensor).__name__}, no tensor")
+            if not isinstance(name, str) or not isinstance(tensor, torch.Tensor):
+                raise ValueError(f"{path}: {shorten(name)} is a {type(tensor).__name__}, no tensor")
+            # A view that repeats itself could stand for more than any memory holds.
+            if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+                raise ValueError(f"{path}: {name} is no plain tensor; save the model with save_pretrained")
+            if tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
+                raise ValueError(
+                    f"{path} does not hold the whole tensor {name}: it repeats the values of a smaller one"
+                )
             place = _Place(path, values=tensor.detach().reshape(-1), is_mapped=tensor.is_contiguous())
             self._add(name, Layout(tensor.dtype, tuple(tensor.shape)), place)
 
@@ -177,6 +196,12 @@ class TensorFiles:
         if name in self.tensors:
             raise ValueError(f"{place.path}: the tensor {name} is also in another file of {self.folder}")
         self.tensors[name], self._places[name] = layout, place
+
+
+def _counts(value: Any) -> list[int] | None:
+    """The value where it is a list of counts."""
+    is_counts = isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+    return value if is_counts else None
 
 
 def _forget(mapped: torch.Tensor) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 
 from bge_accel.evaluation import Evaluation
 from bge_accel.evaluation_data import Corpus, EvaluationData, Judgements, Queries, read_qrels
-from bge_accel.reading import Faults, open_binary, shorten
+from bge_accel.reading import Faults, is_broken_file, open_binary, raw_lines, shorten
 
 Rankings = dict[str, dict[str, float]]
 """{query id: {passage id: score}}"""
@@ -22,11 +22,11 @@ def read_run(path: str, faults: Faults) -> Rankings:
     rankings: Rankings = {}
     try:
         with open_binary(path) as file:
-            for number, raw in enumerate(file, start=1):
-                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
-                if line.strip():
-                    _add_line(rankings, line, f"{path}:{number}", faults)
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+            for number, raw in raw_lines(file):
+                _add_line(rankings, raw.decode("utf-8").rstrip("\r\n"), f"{path}:{number}", faults)
+    except Exception as error:
+        if not is_broken_file(error):
+            raise
         faults.add(path, f"cannot be read: {error}")
         return rankings
     if not rankings and not faults.count:

@@ -37,7 +37,7 @@ from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, batch_positions, draw_example
 from bge_accel.jobs import leave_processes
-from bge_accel.reading import shorten
+from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
 from bge_accel.rows import TrainingRows
@@ -442,7 +442,6 @@ def main(cfg: Config) -> None:
     import torch
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import DeepSpeedPlugin, DistributedType, broadcast_object_list, gather_object, set_seed
-    from safetensors.torch import load_file
     from tqdm import tqdm
     from transformers import get_scheduler
 
@@ -456,7 +455,8 @@ def main(cfg: Config) -> None:
         move_into,
         optimizer_tensors,
         random_state,
-        read_state,
+        read_optimizer,
+        read_run_state,
         remove_checkpoint,
         remove_leftovers,
         set_random_state,
@@ -556,7 +556,7 @@ def main(cfg: Config) -> None:
                 raise ValueError(choice[1])
             if choice[0] is not None:
                 checkpoint = choice[0]
-                resumed = read_state(checkpoint)
+                resumed = read_run_state(checkpoint)
                 changed = differences(resumed["position"], position)
                 if changed and not cfg.allow_changed_data:
                     raise ValueError(
@@ -769,10 +769,8 @@ def main(cfg: Config) -> None:
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate
         else:
-            path = os.path.join(checkpoint, STATE, "optimizer.safetensors")
-            tensors = load_file(path) if os.path.exists(path) else {}  # none before the first step
             with user_errors():
-                load_optimizer_tensors(encoder, optimizer, tensors, rates)
+                load_optimizer_tensors(encoder, optimizer, read_optimizer(checkpoint), rates)
         if best is not None and resumed["best"] is not None:
             best.load_state_dict(resumed["best"])
         if accelerator.scaler is not None and resumed["scaler"] is not None:
@@ -784,7 +782,8 @@ def main(cfg: Config) -> None:
             activations.bytes_per_token = resumed["bytes_per_token"]
             activations.max_bytes = resumed["activation_bytes"] if on_cpu else activations.max_bytes
         if resumed["num_processes"] == world:
-            set_random_state(resumed["random"][rank], device)
+            with user_errors():
+                set_random_state(resumed["random"][rank], device)
         else:
             set_seed(cfg.seed + step, device_specific=True)
 
@@ -825,7 +824,8 @@ def main(cfg: Config) -> None:
         if resumed is not None and os.path.exists(path):  # what was logged after the checkpoint comes again
             with open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            with user_errors():
+                kept = [line for line in lines if step_of(path, line) <= step]
             measured = {row["step"]: row["eval"] for row in map(json.loads, kept) if "eval" in row}
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
@@ -1262,6 +1262,14 @@ def peak_memory_gb(device: Any) -> float:
 
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def step_of(path: str, line: str) -> int:
+    """The step of a line of the training log; ValueError where it has none."""
+    try:
+        return int(decode_json(line.encode())["step"])
+    except (ValueError, LookupError, TypeError):
+        raise ValueError(f"{path}: {shorten(line)} is no line of a log; move the file away to resume") from None
 
 
 def without_secrets(cfg: Config) -> Config:

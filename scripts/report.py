@@ -9,14 +9,14 @@ Every flag may also stand in a YAML file: --config run.yaml (the command line wi
 """
 
 import importlib.util
-import json
 import os
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.reading import Faults, find_files, read_rows
+from bge_accel.reading import Faults, check_training_row, find_files, load_json, load_yaml, read_rows, shorten
+from bge_accel.sources import YAML
 
 
 @dataclass(kw_only=True)
@@ -45,34 +45,33 @@ def read_log(folder: str) -> list[dict[str, Any]]:
 
 def read_settings(folder: str) -> dict[str, Any]:
     """A run's `run_config.yaml`."""
-    import yaml
-
     path = os.path.join(folder, "run_config.yaml")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    settings = load_yaml(path) or {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} is {shorten(settings)}: it has to be `key: value` lines")
+    return settings
 
 
 def read_samples(settings: dict[str, Any], limit: int = 6) -> list[dict[str, Any]]:
     """The first rows of the training data, evenly from its files, as far as those are still there."""
-    paths = [path for path in settings.get("train_data") or [] if not path.endswith((".yaml", ".yml"))]
-    files = find_files([path for path in paths if os.path.exists(path)], Faults())
+    named = settings.get("train_data")
+    paths = [path for path in named if isinstance(path, str)] if isinstance(named, list) else []
+    files = find_files([path for path in paths if not path.endswith(YAML) and os.path.exists(path)], Faults())
     share = -(-limit // len(files)) if files else 0
-    return [row for file in files[:limit] for _, _, row in islice(read_rows(file, Faults()), share)][:limit]
+    rows = (row for file in files[:limit] for _, _, row in islice(read_rows(file, Faults()), share))
+    return [row for row in islice(rows, limit) if not check_training_row(row)]
 
 
 def read_result(path: str) -> dict[str, Any]:
     """What an evaluation wrote; ValueError where it is something else."""
+    from bge_accel.html_report import results_page
+
+    result = load_json(path)
     try:
-        with open(path, encoding="utf-8") as file:
-            result = json.load(file)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from None
-    systems = result.get("systems", {"": result}) if isinstance(result, dict) else {}
-    if not systems or not all({"metrics", "samples", "score_histogram"} <= of.keys() for of in systems.values()):
-        raise ValueError(f"{path} is not what scripts/evaluate_retrieval.py writes: evaluate again")
+        results_page({path: result})
+    except (LookupError, AttributeError, TypeError, ValueError, ArithmeticError) as error:
+        what = f"{type(error).__name__}: {shorten(str(error))}"
+        raise ValueError(f"{path} is not what scripts/evaluate_retrieval.py writes ({what}): evaluate again") from None
     return result
 
 

@@ -257,7 +257,7 @@ def test_yaml_that_is_no_settings(fails, yaml, message):
 
 
 def test_a_config_that_cannot_be_opened(fails, tmp_path):
-    assert fails("--config", "nowhere.yaml") == "--config nowhere.yaml: No such file or directory"
+    assert fails("--config", "nowhere.yaml") == "--config nowhere.yaml cannot be read: No such file or directory"
     assert "Is a directory" in fails("--config", str(tmp_path))
 
 

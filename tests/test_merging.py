@@ -290,7 +290,7 @@ def test_vocabularies_of_every_kind(tmp_path, first, second, message):
 
 def test_modules_outside_the_model_are_refused(tmp_path):
     model = make(tmp_path / "deep" / "a", X, modules_json=[{"path": "../outside", "type": "x.Pooling"}])
-    with pytest.raises(ValueError, match=r"modules\.json names '\.\./outside', which is not inside the model"):
+    with pytest.raises(ValueError, match=r'modules\.json names "\.\./outside", which is not inside the model'):
         merge_models([model, model], "decoder", [0.5, 0.5], str(tmp_path / "out"))
 
 

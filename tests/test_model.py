@@ -201,7 +201,7 @@ def test_broken_json_is_named(tmp_path):
     write_st_files(tmp_path, transformer={})
     for name in ("sentence_bert_config.json", "modules.json"):
         (tmp_path / name).write_text("{")
-        with pytest.raises(ValueError, match=f"{name} is not JSON"):
+        with pytest.raises(ValueError, match=f"{name} cannot be read: not JSON"):
             read_settings(str(tmp_path))
 
 

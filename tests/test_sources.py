@@ -143,9 +143,9 @@ PATH = ": name a file, glob or folder of rows, or a list of them"
         ("path: a", f': {TOP}{{"path": "a"}}'),
         ("sources: [{path: a}]\nseed: 1", f": {TOP}{{"),
         ("a.jsonl", f': {TOP}"a.jsonl"'),
-        ("- [", " is not YAML: "),
-        ("- path: a\n  path", " is not YAML: "),
-        ("- path: \x01", " is not YAML: "),
+        ("- [", " is not readable YAML: "),
+        ("- path: a\n  path", " is not readable YAML: "),
+        ("- path: \x01", " is not readable YAML: "),
     ],
 )
 def test_a_file_that_is_no_list_of_sources_is_named(write, content, what):
@@ -219,19 +219,19 @@ def test_sources_that_exclude_each_other_are_named(write, content, what):
 
 
 def test_a_yaml_that_cannot_be_read_is_named(tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/no.yaml: No such file or directory")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/no.yaml cannot be read: No such file or directory")):
         find_sources([f"{tmp_path}/no.yaml"])
     (tmp_path / "folder.yaml").mkdir()
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/folder.yaml: Is a directory")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/folder.yaml cannot be read: Is a directory")):
         find_sources([f"{tmp_path}/folder.yaml"])
     (tmp_path / "bytes.yaml").write_bytes(b"- path: \xff")
-    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/bytes.yaml is not YAML: ")):
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/bytes.yaml is not readable YAML: ")):
         find_sources([f"{tmp_path}/bytes.yaml"])
 
 
 def test_a_yaml_runs_no_code(write):
     path = write("s.yaml", "- path: !!python/object/apply:os.getcwd []")
-    with pytest.raises(ValueError, match="is not YAML: could not determine a constructor"):
+    with pytest.raises(ValueError, match="is not readable YAML: could not determine a constructor"):
         read_sources(path)
 
 
