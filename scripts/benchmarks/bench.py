@@ -407,8 +407,21 @@ def machine(device: str) -> str:
     return f"{model}, {os.cpu_count()} cores, {' '.join(features)}"
 
 
+def summary_table(content: dict[str, Any]) -> list[str]:
+    """A line for each comparison with another tool: our seconds, and how many times as long the others take."""
+    others = [name for name in PEERS if any(name in found["tools"] for found in content["comparisons"])]
+    lines = [f"| | bge_accel | {' | '.join(others)} |", f"| --- |{' --- |' * (len(others) + 1)}"]
+    for found in content["comparisons"]:
+        ratios = [f"{found['tools'][name]['ratio']:.2f} x" if name in found["tools"] else "" for name in others]
+        if any(ratios):
+            lines.append(
+                f"| {found['title']} | {found['tools']['bge_accel']['seconds']:.2f} s | {' | '.join(ratios)} |"
+            )
+    return lines
+
+
 def as_markdown(content: dict[str, Any]) -> str:
-    """The table."""
+    """The summary and the tables."""
     lines = [
         f"# Measured beside other tools\n\n`make bench` on {content['machine']}; {content['rounds']} rounds in turns; "
         + ", ".join(f"{name} {value}" for name, value in content["versions"].items())
@@ -416,6 +429,8 @@ def as_markdown(content: dict[str, Any]) -> str:
         "Seconds are medians, in brackets the least and the most. The ratio is the median of the rounds' ratios of the "
         "tool's seconds to ours. The share is that of the limit which was measured in the same run "
         "(`scripts/benchmarks/bench.py` says how).\n",
+        *summary_table(content),
+        "",
     ]
     for found in content["comparisons"]:
         lines += [f"**{found['title']}**{'' if found['agree'] else ' (the results do not agree)'}\n"]
