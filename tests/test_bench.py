@@ -36,6 +36,19 @@ def test_other_tools_have_to_be_there(tmp_path: Path) -> None:
     assert "make bench" in done.stderr and not list(tmp_path.iterdir())
 
 
+def test_the_committed_tables_are_made_of_the_committed_figures() -> None:
+    """And the README's table is the summary of these."""
+    content = json.loads((REPO / "docs" / "benchmarks.json").read_text())
+    sys.path.insert(0, str(REPO / "scripts" / "benchmarks"))
+    from bench import as_markdown, summary_table
+
+    assert (REPO / "docs" / "benchmarks.md").read_text() == as_markdown(content)
+    assert "\n".join(summary_table(content)) in (REPO / "README.md").read_text()
+    chinese = (REPO / "README.zh-CN.md").read_text()
+    for line in summary_table(content)[2:]:
+        assert line.split("|", 2)[2] in chinese, line
+
+
 @pytest.mark.slow
 def test_measures_and_writes(tmp_path: Path) -> None:
     """Two comparisons for real; sentence-transformers is in this environment, FlagEmbedding is left out."""
@@ -48,4 +61,8 @@ def test_measures_and_writes(tmp_path: Path) -> None:
     # The plain loss holds the matrix of scores and its gradient: 0.5 GB each.
     assert loss["tools"]["plain torch"]["megabytes"] > loss["tools"]["bge_accel"]["megabytes"] + 500
     assert 0 < loss["tools"]["bge_accel"]["share"] < 1.5
-    assert (tmp_path / "benchmarks.md").read_text().count("| bge_accel |") == 2
+    assert (tmp_path / "benchmarks.md").read_text().count("\n| bge_accel | ") == 2
+    again = ["--peers_python", sys.executable, "--rounds", 2, "--only", "merge", "--output_dir", tmp_path]
+    bench(*again)  # adds to what is there
+    names = [found["name"] for found in json.loads((tmp_path / "benchmarks.json").read_text())["comparisons"]]
+    assert names == ["mine", "loss", "merge"]

@@ -48,7 +48,11 @@ class Config:
     model_name_or_path: str | None = option(
         None, "folder of an encoder with mean pooling; default: the packaged MiniLM"
     )
-    only: list[str] = option([], "comparisons whose name begins so; default: all")
+    only: list[str] = option(
+        [],
+        "comparisons whose name begins so; what else --output_dir holds of the same machine and versions stays; "
+        "default: all",
+    )
     rounds: int = option(3, "measurements of each tool")
     output_dir: str = option("outputs/bench", "benchmarks.json, benchmarks.md")
     check: str | None = option(None, "instead of measuring: benchmarks.json that --results is compared with")
@@ -478,34 +482,52 @@ def main(cfg: Config) -> None:
     cfg.peers_python = os.path.abspath(shutil.which(cfg.peers_python) or cfg.peers_python)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     limits: dict[str, list[float]] = {}
-    comparisons = []
+    measured: list[Comparison] = []
     with user_errors(), tempfile.TemporaryDirectory() as scratch:
         found = versions(cfg)
+        head = {"machine": machine(device), "rounds": cfg.rounds, "versions": found}
+        earlier = read_earlier(cfg.output_dir, head)
         model = without_dropout(cfg.model_name_or_path or packaged_model(), Path(scratch) / "model")
         data = Data(model, Path(scratch))
         common = {"model_name_or_path": model, "use_cpu": device == "cpu", "device": device}
-        for comparison in all_comparisons(cfg, data, model, device):
-            if cfg.only and not comparison.name.startswith(tuple(cfg.only)):
-                continue
+        every = list(all_comparisons(cfg, data, model, device))
+        chosen = [known for known in every if not cfg.only or known.name.startswith(tuple(cfg.only))]
+        if not chosen:
+            names = ", ".join(known.name for known in every)
+            raise ValueError(f"--only {' '.join(cfg.only)}: no comparison begins so; there are {names}")
+        for comparison in chosen:
             comparison.prepare()
             if comparison.limit:
                 limits.setdefault(comparison.limit, []).append(measure_limit(comparison.limit, model, device))
             run_comparison(cfg, comparison, common, found)
             if comparison.limit:
                 limits[comparison.limit].append(measure_limit(comparison.limit, model, device))
-            comparisons.append(comparison)
-    content = {
-        "machine": machine(device),
-        "rounds": cfg.rounds,
-        "versions": found,
-        "limits": {name: max(rates) for name, rates in limits.items()},
-        "comparisons": [summary(comparison, limits) for comparison in comparisons],
-    }
-    os.makedirs(cfg.output_dir, exist_ok=True)
-    for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", as_markdown(content))):
-        with atomic_file(os.path.join(cfg.output_dir, f"benchmarks.{name}")) as file:
-            file.write(text)
+            measured.append(comparison)
+            # After each: an hour's work is not lost with its last minute.
+            now = {old["name"]: old for old in earlier["comparisons"]}
+            now |= {done.name: summary(done, limits) for done in measured}
+            content = {
+                **head,
+                "limits": earlier["limits"] | {name: max(rates) for name, rates in limits.items()},
+                "comparisons": [now[known.name] for known in every if known.name in now],
+            }
+            write(cfg.output_dir, content)
     print("\n" + as_markdown(content))
+
+
+def read_earlier(folder: str, head: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier run has left there, if it measured the same tools on the same machine; else nothing."""
+    path = Path(folder) / "benchmarks.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {}
+    return earlier if head.items() <= earlier.items() else {"limits": {}, "comparisons": []}
+
+
+def write(folder: str, content: dict[str, Any]) -> None:
+    """benchmarks.json and benchmarks.md."""
+    os.makedirs(folder, exist_ok=True)
+    for name, text in (("json", json.dumps(content, indent=1) + "\n"), ("md", as_markdown(content))):
+        with atomic_file(os.path.join(folder, f"benchmarks.{name}")) as file:
+            file.write(text)
 
 
 if __name__ == "__main__":
