@@ -357,7 +357,8 @@ class EmbeddingModel:
 
     Args:
         device: as torch names it; by default the GPU if there is one.
-        dtype: torch dtype or its name; "auto" is float32 on a CPU and float16 on a GPU.
+        dtype: torch dtype or its name; "auto" is float16 on a GPU, and on a CPU bfloat16 where that is faster (AMX, AMD's
+            AVX-512, ARM), else float32. The embeddings are float32 arrays with either.
         pooling: "cls", "mean" or "last_token".
         attention: "padded", or without padding by one of `unpadded.KERNELS`; "auto" is the fast one that the device,
             the precision and the model allow, else "padded".
@@ -394,7 +395,7 @@ class EmbeddingModel:
         if device is None and (line := line_for_all_gpus()) is not None:
             warnings.warn(line, stacklevel=2)
         if dtype == "auto":
-            dtype = torch.float32 if self.device.type == "cpu" else torch.float16
+            dtype, _ = resolve_dtype(fp16=True, bf16=False, device=self.device)
         self.encoder, self.tokenizer, self.settings = load_encoder(
             model_name_or_path,
             pooling=pooling,

