@@ -21,7 +21,6 @@ from bge_accel.encoding import (
     weights_digest,
 )
 from bge_accel.model import load_encoder, save_encoder
-from bge_accel.precision import cpu_is_faster_in_bf16
 
 TEXTS = [
     "what is a list?",
@@ -70,7 +69,8 @@ def test_the_precision_is_the_fast_one_of_the_machine(folder, one_by_one, monkey
     for is_fast, dtype in ((False, torch.float32), (True, torch.bfloat16)):
         monkeypatch.setattr("bge_accel.precision.cpu_is_faster_in_bf16", lambda is_fast=is_fast: is_fast)
         chosen = EmbeddingModel(folder, device="cpu")
-        assert next(chosen.encoder.parameters()).dtype == dtype
+        flag = FlagModel(folder, devices="cpu")
+        assert next(chosen.encoder.parameters()).dtype == next(flag.encoder.parameters()).dtype == dtype
         emb = chosen.encode(TEXTS)
         assert emb.dtype == np.float32 and (emb * one_by_one).sum(1).min() > 0.99
 
@@ -279,11 +279,6 @@ def test_flag_model_takes_flag_embeddings_arguments(folder, model):
     silent = FlagModel(folder, use_fp16=False, devices="cpu", max_length=64)
     assert silent.max_length == 64 and silent.settings == model.settings
     assert close(silent.encode_queries(TEXTS[:5], batch_size=2), model.encode_queries(TEXTS[:5]))
-
-
-def test_flag_model_on_a_cpu_takes_the_fast_half_precision_if_any(folder):
-    (dtype,) = {parameter.dtype for parameter in FlagModel(folder, devices="cpu").encoder.parameters()}
-    assert dtype == (torch.bfloat16 if cpu_is_faster_in_bf16() else torch.float32)
 
 
 # ---- memory, counts, stores

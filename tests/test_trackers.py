@@ -19,10 +19,10 @@ def train(run_script: Run, model: str, *more: object) -> None:
     )
 
 
-def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Each curve's points (step, value), of all event files of a run."""
+def curves(folder: Path) -> dict[str, dict[int, float]]:
+    """Each curve's value by step, of all event files of a run; of a step that was taken again, the later one."""
     events = event_accumulator.EventAccumulator(str(folder / "bge_accel")).Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    return {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def test_tensorboard_shows_the_log_and_goes_on_where_a_run_is_resumed(
@@ -30,20 +30,18 @@ def test_tensorboard_shows_the_log_and_goes_on_where_a_run_is_resumed(
 ) -> None:
     write_rows(tmp_path / "rows.jsonl", 32)
     given = ["--report_to", "tensorboard", "--eval_data", "rows.jsonl", "--eval_steps", 2, "--eval_on_start"]
-    train(run_script, tiny_model, *given, "--max_steps", 4)
+    train(run_script, tiny_model, *given, "--max_steps", 6)  # leaves checkpoint-4
     train(run_script, tiny_model, *given, "--max_steps", 8, "--resume_from_checkpoint", "latest")
     found = curves(tmp_path / "out")
     lines = log(tmp_path / "out")
     steps = [line for line in lines if "loss" in line]
     assert [line["step"] for line in steps][-2:] == [6, 8]
     for name in ("loss", "learning_rate", "tokens_per_second", "grad_norm"):
-        assert [step for step, _ in found[name]] == [line["step"] for line in steps], name
-        assert [value for _, value in found[name]] == pytest.approx([line[name] for line in steps], rel=1e-5)
+        assert found[name] == pytest.approx({line["step"]: line[name] for line in steps}, rel=1e-5), name
     measured = [line for line in lines if "eval" in line]
     (data_set,) = measured[0]["eval"]
-    assert found[f"eval/{data_set}/nDCG@10"] == [
-        (line["step"], pytest.approx(line["eval"][data_set]["nDCG@10"], rel=1e-5)) for line in measured
-    ]
+    expected = {line["step"]: line["eval"][data_set]["nDCG@10"] for line in measured}
+    assert found[f"eval/{data_set}/nDCG@10"] == pytest.approx(expected, rel=1e-5)
     assert measured[0]["step"] == 0 and measured[-1]["step"] == 8
 
 
