@@ -223,9 +223,10 @@ def _score_section(scores: Mapping[str, Mapping[str, Mapping[str, float]]]) -> s
 
 
 def usage(settings: "EmbeddingSettings") -> str:
-    """Four ways to load the model; each gives the same `q_emb` and `p_emb`."""
+    """Four ways to load the model, as far as its pooling is known; each gives the same `q_emb` and `p_emb`."""
     example = 'queries, passages = ["a question"], ["a passage", "another, longer passage"]'
     normalised = "torch.nn.functional.normalize(pooled, dim=-1)" if settings.normalize else "pooled"
+    pooled = _POOLED.get(settings.pooling or "cls")
     ways = {
         "bge_accel": f"""
 from bge_accel import EmbeddingModel
@@ -255,7 +256,7 @@ def embed(texts):
     batch = tokenizer(texts, padding=True, truncation=True, max_length={settings.max_length}, return_tensors="pt")
     with torch.no_grad():
         hidden, mask = model(**batch).last_hidden_state, batch["attention_mask"]
-    pooled = {_POOLED[settings.pooling or "cls"]}
+    pooled = {pooled}
     return {normalised}
 
 
@@ -276,4 +277,6 @@ model = HuggingFaceEmbeddings(
 q_emb, p_emb = [model.embed_query(query) for query in queries], model.embed_documents(passages)
 """,
     }
+    if pooled is None:  # one that a changed script has added
+        del ways["transformers"]
     return "\n\n".join(["## Usage", *(f"{name}:\n\n{fenced(code, 'python')}" for name, code in ways.items())])
