@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.reading import installed_version
 from bge_accel.row_checks import Finding, Severity
 from bge_accel.search import FAISS_PACKAGES, installed_faiss
 from bge_accel.training import available_memory
@@ -56,20 +57,13 @@ def check_environment() -> tuple[dict[str, Any], list[Finding]]:
             found.append(Finding("gpu_unused", "warning", f"this machine has {names[0]}, {seen}", advice))
     facts = {
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        **{name: installed_version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         "faiss": next((f"{name} {version}" for name, version in installed_faiss().items()), None),
         "gpus": gpus,
         "gloo": has_gloo,
         "nccl": has_nccl,
     }
     return facts, found
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _check_versions() -> list[Finding]:
@@ -93,7 +87,7 @@ def _check_versions() -> list[Finding]:
         requirement = Requirement(line)
         if "extra" in str(requirement.marker or "") or requirement.name in FAISS_PACKAGES:
             continue
-        version, wanted = _version(requirement.name), str(requirement.specifier)
+        version, wanted = installed_version(requirement.name), str(requirement.specifier)
         command = f'pip install "{requirement.name}{wanted}"'
         if version is None:
             found.append(Finding("package_version", "error", f"{requirement.name} is not installed", command))

@@ -189,10 +189,7 @@ def read_qrels(path: str, faults: Faults) -> dict[str, dict[str, int]]:
             continue
         known = grades.setdefault(query_id, {}).setdefault(corpus_id, grade)
         if known != grade:
-            faults.add(
-                where,
-                f"query {query_id} and passage {corpus_id} were judged {known} before, and {grade} here",
-            )
+            faults.add(where, f"query {query_id} and passage {corpus_id} were judged {known} before, and {grade} here")
     if not grades and not faults.count:
         faults.add(path, "the file holds no judgements")
     return grades

@@ -54,15 +54,15 @@ def leave_processes() -> None:
     """Ends what connects this process to others: the last line of a script, when `main` holds nothing any more.
 
     Gloo's threads want the interpreter to drop what the last message left, and abort a process whose interpreter is
-    already ending (pytorch/pytorch#190489). They are joined when nothing refers to the group: a wrapped model does, in
-    a cycle that only the collector frees.
+    already ending (pytorch/pytorch#190489). They are joined when the last reference to the group goes. That must not be
+    a wrapped model's, in a cycle that only the collector frees: it would wait for them with the interpreter locked.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and "torch" in sys.modules:
         import torch.distributed as dist
 
+        gc.collect()
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
-        gc.collect()
 
 
 def rank_and_world() -> tuple[int, int]:

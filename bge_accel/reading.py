@@ -6,10 +6,12 @@ Whatever a file holds, it is read or refused: memory stays bounded, and nothing 
 import glob
 import gzip
 import hashlib
+import importlib.metadata
 import io
 import json
 import math
 import os
+import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
@@ -32,6 +34,19 @@ DEEPEST = 100  # what is nested deeper, Python may read and then not be able to 
 
 class BrokenFileError(ValueError):
     """A file that is not what its name says."""
+
+
+def installed_version(package: str) -> str | None:
+    """The version of a package; None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 class Faults:
@@ -249,6 +264,22 @@ def load_yaml(path: str) -> Any:
     Raises:
         ValueError: with the file, and the line as far as YAML says it.
     """
+    return _decode_yaml(path, _read_small(path, LARGEST_YAML))
+
+
+def read_front_matter(path: str) -> dict[str, Any]:
+    """The YAML between two lines of `---` at the head of a Markdown file; empty where there is none.
+
+    Raises:
+        ValueError, OSError: where it cannot be read.
+    """
+    with open(path, "rb") as file:
+        head = re.match(rb"---\r?\n(.*?)^---\s*$", file.read(LARGEST_YAML), re.DOTALL | re.MULTILINE)
+    value = _decode_yaml(path, head[1]) if head else None
+    return value if isinstance(value, dict) else {}
+
+
+def _decode_yaml(path: str, raw: bytes) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
@@ -263,7 +294,7 @@ def load_yaml(path: str) -> Any:
             return node
 
     try:
-        loader = Loader(_read_small(path, LARGEST_YAML).decode("utf-8"))
+        loader = Loader(raw.decode("utf-8"))
         node = loader.get_single_node()
         if node is None:
             return None
@@ -272,8 +303,6 @@ def load_yaml(path: str) -> Any:
         value = loader.construct_document(node)
     except RecursionError:
         raise ValueError(f"{path} is not readable YAML: nested too deeply") from None
-    except BrokenFileError:
-        raise
     # AttributeError and others: a tag (!!timestamp, !!bool) before what is none.
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, OverflowError) as error:
         raise ValueError(f"{path} is not readable YAML: {' '.join(str(error).split())}") from None

@@ -1,13 +1,12 @@
 """Tables and cards that people look at, as plain text."""
 
-import contextlib
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bge_accel.reading import shorten
+from bge_accel.reading import installed_version, read_front_matter, shorten
 
 if TYPE_CHECKING:
     from bge_accel.model import EmbeddingSettings
@@ -168,15 +167,10 @@ def fenced(text: str, language: str) -> str:
 
 def versions(*packages: str) -> str:
     """`Made with torch 2.13.0, ...`: of the packages that are installed."""
-    from importlib.metadata import PackageNotFoundError, version
-
     from bge_accel import __version__
 
-    found = {}
-    for package in packages:
-        with contextlib.suppress(PackageNotFoundError):
-            found[package] = __version__ if package == "bge_accel" else version(package)
-    return f"Made with {', '.join(f'{package} {number}' for package, number in found.items())}."
+    found = {name: __version__ if name == "bge_accel" else installed_version(name) for name in packages}
+    return f"Made with {', '.join(f'{package} {number}' for package, number in found.items() if number)}."
 
 
 def license_of(model: str, **hub: Any) -> dict[str, str]:
@@ -189,13 +183,12 @@ def license_of(model: str, **hub: Any) -> dict[str, str]:
     Returns:
         `license` and, where there are, `license_name` and `license_link`; empty where it says nothing that can be read.
     """
-    import yaml
-    from huggingface_hub import hf_hub_download, metadata_load
+    from huggingface_hub import hf_hub_download
 
     try:
         path = os.path.join(model, "README.md") if os.path.isdir(model) else hf_hub_download(model, "README.md", **hub)
-        said = metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError):  # no card, no network, or no front matter
+        said = read_front_matter(path)
+    except (OSError, ValueError):  # no card, no network, or no front matter
         return {}
     found = {key: said.get(key) for key in ("license", "license_name", "license_link")}
     return {key: value for key, value in found.items() if isinstance(value, str) and value} if found["license"] else {}

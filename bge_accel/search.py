@@ -4,19 +4,17 @@ Embeddings are an array, a mapped file or an `EmbeddingStore`; the last two are 
 at a time, so that memory does not grow with the corpus.
 """
 
-import contextlib
 import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from bge_accel.jobs import gather
-from bge_accel.reading import load_json, shorten
+from bge_accel.reading import first_line, installed_version, load_json, shorten
 from bge_accel.store import EmbeddingStore
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
@@ -249,8 +247,7 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
     try:
         index = faiss.read_index(path)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
-        what = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"the index {path} cannot be read ({what}): build it anew") from None
+        raise ValueError(f"the index {path} cannot be read ({first_line(error)}): build it anew") from None
     if (index.ntotal, index.d) != (found.get("num_passages"), found.get("dim")):
         raise ValueError(other)
     return index
@@ -385,11 +382,7 @@ def _training_sample(corpus_emb: Any) -> np.ndarray:
 
 def installed_faiss() -> dict[str, str]:
     """The packages of FAISS that are installed, with their versions."""
-    installed = {}
-    for name in FAISS_PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            installed[name] = version(name)
-    return installed
+    return {name: version for name in FAISS_PACKAGES if (version := installed_version(name))}
 
 
 def check_faiss_packages() -> None:

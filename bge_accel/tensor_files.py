@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bge_accel.reading import decode_json, load_json, shorten
+from bge_accel.reading import decode_json, first_line, load_json, shorten
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -174,7 +174,7 @@ class TensorFiles:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a damaged or foreign pickle makes of itself
             raise ValueError(
-                f"{path} cannot be read as tensors alone ({next(iter(str(error).splitlines()), type(error).__name__)}); load it "
+                f"{path} cannot be read as tensors alone ({first_line(error)}); load it "
                 "where you trust it and save it with save_pretrained"
             ) from error
         if not isinstance(loaded, dict):

@@ -32,7 +32,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -56,7 +55,7 @@ from bge_accel.evaluation import (
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.evaluation_sources import is_hub_name
 from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
-from bge_accel.reading import Faults, shorten
+from bge_accel.reading import Faults, installed_version, shorten
 from bge_accel.report import metrics_table
 from bge_accel.store import read_manifest
 from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
@@ -477,13 +476,8 @@ def write(path: str, text: str) -> None:
 
 def versions() -> dict[str, str | None]:
     """What the figures were made with; None for a package that is not installed."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in ("bge_accel", "torch", "transformers", "tokenizers", "numpy", "faiss-cpu", "faiss-gpu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
+    packages = ("bge_accel", "torch", "transformers", "tokenizers", "numpy", "faiss-cpu", "faiss-gpu")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ class Config:
     )
     pure_bf16: bool = option(
         False,
-        "bfloat16 weights and gradients too, beside float32 weights for the optimiser: faster than --bf16, a little less exact",
+        "bfloat16 weights and gradients too, beside float32 weights for the optimiser: less memory than --bf16, a little less exact",
         group="precision and memory",
     )
     gradient_checkpointing: bool = option(
@@ -825,8 +825,9 @@ def main(cfg: Config) -> None:
             with open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
             with user_errors():
-                kept = [line for line in lines if step_of(path, line) <= step]
-            measured = {row["step"]: row["eval"] for row in map(json.loads, kept) if "eval" in row}
+                rows = [(line, log_row(path, line)) for line in lines]
+            kept = [line for line, row in rows if row["step"] <= step]
+            measured = {row["step"]: row["eval"] for _, row in rows if row["step"] <= step and "eval" in row}
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)
@@ -1138,7 +1139,8 @@ def main(cfg: Config) -> None:
         say(f"saved {cfg.output_dir}")
     if log_file is not None:
         log_file.close()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
 
 
 @contextmanager
@@ -1264,12 +1266,15 @@ def peak_memory_gb(device: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def step_of(path: str, line: str) -> int:
-    """The step of a line of the training log; ValueError where it has none."""
+def log_row(path: str, line: str) -> dict[str, Any]:
+    """One line of the training log; ValueError where it is none."""
     try:
-        return int(decode_json(line.encode())["step"])
+        row = decode_json(line.encode())
+        if isinstance(row["step"], int):
+            return row
     except (ValueError, LookupError, TypeError):
-        raise ValueError(f"{path}: {shorten(line)} is no line of a log; move the file away to resume") from None
+        pass
+    raise ValueError(f"{path}: {shorten(line)} is no line of a log; move the file away to resume")
 
 
 def without_secrets(cfg: Config) -> Config:

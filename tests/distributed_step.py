@@ -228,7 +228,6 @@ def main(model_path: str, mode: str, folder: str | None = None) -> None:
     else:
         raise AssertionError("unequal shapes went through")
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

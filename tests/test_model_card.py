@@ -1,7 +1,7 @@
 """Cards of tuned and merged models: their own snippets run and agree, and the hub can read their head."""
 
 import re
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,11 +31,10 @@ def embeddings(code: str, folder: Path) -> list[np.ndarray]:
     return [np.asarray(names["q_emb"]), np.asarray(names["p_emb"])]
 
 
-def assert_snippets_agree(folder: Path) -> None:
+def assert_snippets_agree(folder: Path, ways: Sequence[str] = WAYS[:3]) -> None:
     found = snippets((folder / "README.md").read_text(encoding="utf-8"))
     assert list(found) == WAYS
-    installed = [way for way in WAYS if way != "LangChain" or find_spec("langchain_huggingface")]
-    first, *others = (embeddings(found[way], folder) for way in installed)
+    first, *others = (embeddings(found[way], folder) for way in ways)
     assert first[0].shape[0] == 1 and first[1].shape[0] == 2
     for other in others:
         for ours, theirs in zip(first, other, strict=True):
@@ -67,7 +66,8 @@ def test_snippets_of_a_tuned_model_run_and_agree(tmp_path: Path, licensed: Path,
     text = (out / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
     assert card.data.license == "other" and card.data.license_name == "my: licence"
-    assert card.data.base_model is None and card.data.library_name == "sentence-transformers"
+    head = card.data.to_dict()
+    assert "base_model" not in head and head["library_name"] == "sentence-transformers"
     assert str(tmp_path) not in text and str(licensed.parent) not in text
     assert "16 rows of query and passages from rows.jsonl" in text
     measured = {row["step"]: row["eval"]["dev"] for row in log(out) if "eval" in row}
@@ -76,8 +76,6 @@ def test_snippets_of_a_tuned_model_run_and_agree(tmp_path: Path, licensed: Path,
         assert re.search(rf"^Made with .*{package} \d", text, re.MULTILINE)
     configuration = re.search(r"```yaml\n(.*?)\n```", text, re.DOTALL)
     assert configuration and yaml.safe_load(configuration[1])["query_instruction_for_retrieval"] == INSTRUCTION
-    if not find_spec("langchain_huggingface"):
-        pytest.skip("three of four snippets agree; the LangChain one needs `pip install langchain-huggingface`")
 
 
 def test_card_of_a_merged_model(tmp_path: Path, licensed: Path, run_script: Run) -> None:
@@ -97,6 +95,17 @@ def test_card_of_a_merged_model(tmp_path: Path, licensed: Path, run_script: Run)
     mix_models([str(tuned), str(licensed)], "encoder", [0.5, 0.5], str(tmp_path / "differ"))
     assert ModelCard.load(tmp_path / "known" / "README.md").data.license == "other"
     assert ModelCard.load(tmp_path / "differ" / "README.md").data.license is None
+
+
+def test_langchain_snippet_agrees(tmp_path: Path, licensed: Path, run_script: Run) -> None:
+    pytest.importorskip("langchain_huggingface", reason="needs `pip install langchain-huggingface`")
+    data = write_rows(tmp_path / "rows.jsonl", 16)
+    run_script(
+        *("finetune.py", "--model_name_or_path", licensed, "--train_data", data, "--output_dir", "tuned"),
+        *("--max_steps", 2, "--per_device_train_batch_size", 4, "--query_instruction_for_retrieval", INSTRUCTION),
+        *("--passage_instruction_for_retrieval", "passage: "),
+    )
+    assert_snippets_agree(tmp_path / "tuned", ["bge_accel", "LangChain"])
 
 
 @pytest.mark.parametrize("name", ["null", "- a: b", "# `x` ```", "*a*|[b](c)", "的 é\n---\nx: y", "'\""])
@@ -119,7 +128,16 @@ def test_odd_names_stay_names(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "card", [None, "no head", "---\nlicense: [a, b]\n---\n", "---\na: b: c\n---\n", "---\n- a\n---\n"]
+    "card",
+    [
+        None,
+        "no head",
+        "---\nlicense: [a, b]\n---\n",
+        "---\na: b: c\n---\n",
+        "---\n- a\n---\n",
+        f"---\nlicense: {'[' * 9999}\n---\n",
+    ],
+    ids=lambda card: str(card)[:20],
 )
 def test_a_licence_is_never_invented(tmp_path: Path, card: str | None) -> None:
     if card is not None:
