@@ -274,7 +274,7 @@ def read_front_matter(path: str) -> dict[str, Any]:
         ValueError, OSError: where it cannot be read.
     """
     with open(path, "rb") as file:
-        head = re.match(rb"---\r?\n(.*?)^---\s*$", file.read(LARGEST_YAML), re.DOTALL | re.MULTILINE)
+        head = re.match(rb"---\r?\n(.*?)^---[ \t\r]*$", file.read(LARGEST_YAML), re.DOTALL | re.MULTILINE)
     value = _decode_yaml(path, head[1]) if head else None
     return value if isinstance(value, dict) else {}
 

@@ -37,7 +37,8 @@ from bge_accel.config import option, parse_config
 from bge_accel.evaluation_data import read_corpus, read_evaluation_data, read_qrels, read_queries
 from bge_accel.merge_plan import MergeModel, check_models, module_folders, read_json
 from bge_accel.model import read_settings
-from bge_accel.reading import Faults, check_training_row, load_json, read_rows
+from bge_accel.reading import Faults, check_training_row, load_json, read_front_matter, read_rows
+from bge_accel.report import license_of
 from bge_accel.rows import TrainingRows
 from bge_accel.search import load_index
 from bge_accel.sharding import read_deepspeed_config
@@ -228,6 +229,15 @@ def read_yaml(path: str) -> None:
         raise ValueError(said.getvalue()) from None
 
 
+CARD = b"---\nlicense: other\nlicense_name: x\n---\n# A model\n"
+
+
+def read_card(path: str) -> None:
+    found = license_of(os.path.dirname(path))
+    assert all(isinstance(value, str) for value in found.values())
+    read_front_matter(path)
+
+
 MANIFEST = Manifest(num_texts=3, dim=2, dtype="float32", shard_size=2, settings={"prefix": "q: "}, model="m")
 
 
@@ -406,6 +416,7 @@ READERS = {
     "run": ("a.run", RUN, None, None, read_with(read_run), None),
     "run_zstd": ("a.run.zst", zstd.compress(RUN), None, None, read_with(read_run), None),
     "yaml": ("run.yaml", YAML, {"steps": 3, "rate": 1e-5, "names": ["a"], "is_on": True}, dump, read_yaml, None),
+    "card": ("README.md", CARD, {"license": "other", "license_link": "x"}, lambda v: b"---\n" + dump(v) + b"\n---\n", read_card, None),
     "sources": ("s.yaml", SOURCES, [{"path": "a", "weight": 2}, {"path": ["b"], "weight": 1}], dump, read_sources, None),
     "store": ("manifest.json", MANIFEST.to_json().encode(), json.loads(MANIFEST.to_json()), dump, read_store, write_shards),
     "index": ("x.json", dump(ABOUT), ABOUT, dump, read_saved_index, None),
