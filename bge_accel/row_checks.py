@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from bge_accel.candidates import normalise_text
 from bge_accel.reading import (
     UNREADABLE,
     Faults,
@@ -137,11 +138,6 @@ def _raw_lines(path: str) -> Iterable[tuple[int, bytes]]:
         yield from raw_lines(file)
 
 
-def same(text: str) -> str:
-    """A text without what does not make a difference to a reader: case and spaces."""
-    return " ".join(text.casefold().split())
-
-
 def check_rows(
     sample: Sample, *, group_size: int, in_batch_negatives: bool, need_scores: bool = False
 ) -> list[Finding]:
@@ -196,13 +192,13 @@ def _broken(sample: Sample) -> list[Finding]:
 def _positives_among_negatives(sample: Sample) -> list[Finding]:
     positives: dict[str, set[str]] = {}
     for row in sample.rows:
-        positives.setdefault(same(row["query"]), set()).update(map(same, row["pos"]))
+        positives.setdefault(normalise_text(row["query"]), set()).update(map(normalise_text, row["pos"]))
     exact, near = [], []
     for index, row in enumerate(sample.rows):
         negatives = row.get("neg") or []
         if set(row["pos"]).intersection(negatives):
             exact.append(index)
-        elif positives[same(row["query"])].intersection(map(same, negatives)):
+        elif positives[normalise_text(row["query"])].intersection(map(normalise_text, negatives)):
             near.append(index)
     advice = 'take these texts out of "neg", or mine again with scripts/mine_hard_negatives.py, which never takes one'
     return [
@@ -239,7 +235,9 @@ def _repetition(sample: Sample) -> list[Finding]:
     known = {index for indices in again for index in indices}
     shared = [index for index in shared if index not in known]
     twice = [
-        i for i, row in enumerate(sample.rows) if len(set(map(same, row.get("neg") or []))) < len(row.get("neg") or [])
+        i
+        for i, row in enumerate(sample.rows)
+        if len(set(map(normalise_text, row.get("neg") or []))) < len(row.get("neg") or [])
     ]
 
     def grave(indices: list[int], share: float = REPEATED) -> Severity:
@@ -267,11 +265,11 @@ def _repetition(sample: Sample) -> list[Finding]:
 
 
 def _queries_that_are_passages(sample: Sample) -> list[Finding]:
-    passages = {same(text) for _, text in sample.passages()}
+    passages = {normalise_text(text) for _, text in sample.passages()}
     own, others = [], []
     for index, row in enumerate(sample.rows):
-        query = same(row["query"])
-        if query in map(same, row["pos"]):
+        query = normalise_text(row["query"])
+        if query in map(normalise_text, row["pos"]):
             own.append(index)
         elif query in passages:
             others.append(index)
@@ -454,8 +452,8 @@ def check_unknown_tokens(sample: Sample, shares: Sequence[tuple[int, float]]) ->
 
 def check_held_out(sample: Sample, queries: Sequence[str], name: str) -> list[Finding]:
     """Whether the evaluation's queries are trained on."""
-    held_out = set(map(same, queries))
-    both = [i for i, row in enumerate(sample.rows) if same(row["query"]) in held_out]
+    held_out = set(map(normalise_text, queries))
+    both = [i for i, row in enumerate(sample.rows) if normalise_text(row["query"]) in held_out]
     return finding(
         "evaluation_leak", "error" if len(both) > REPEATED * len(held_out) else "warning", sample, both,
         f"have a query of the evaluation set {name}", "take them out of the training data: what they measure is memory",
