@@ -15,10 +15,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
-from bge_accel.reading import load_yaml
+from bge_accel.reading import load_yaml, near_path
 
 T = TypeVar("T")
 SECRETS = ("--token",)
+# Short names that people try, and what they mean in one script or another.
+COMMON_NAMES = {
+    "batch_size": ("per_device_train_batch_size",),
+    "lr": ("learning_rate",),
+    "epochs": ("num_train_epochs",),
+    "steps": ("max_steps",),
+    "model": ("model_name_or_path", "encoder", "model_names_or_paths"),
+    "max_length": ("passage_max_len", "max_passage_length"),
+}
 
 
 class Refusal(NamedTuple):
@@ -119,6 +128,9 @@ def check_model_path(flag: str, name: str) -> None:
     if is_path and not os.path.isfile(os.path.join(name, "config.json")):
         what = "has no config.json, so it is no model" if os.path.isdir(name) else "is not a folder"
         raise ValueError(f"{flag} {name} {what}; name a folder with a saved model, or a model on the hub")
+    near = None if is_path or "/" in name else near_path(name)
+    if near and os.path.isfile(os.path.join(near, "config.json")):
+        raise ValueError(f"{flag} {name} is not a folder; did you mean {near}?")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -144,8 +156,11 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n(run {self.prog} --help for every flag)\n")
 
     def unknown(self, name: str, where: str) -> NoReturn:
-        near = difflib.get_close_matches(name, self.known, n=1)
-        self.error(f"{where}" + (f"; did you mean {near[0]}?" if near else ""))
+        """Ends with the nearest known name, written as the unknown one was: with dashes or without."""
+        common = [other for other in COMMON_NAMES.get(name, ()) if other in self.known]
+        near = common or difflib.get_close_matches(name, self.known, n=1)
+        dashes = "--" if where.partition(name)[0].endswith("--") else ""
+        self.error(f"{where}" + (f"; did you mean {dashes}{near[0]}?" if near else ""))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         parsed, rest = self.parse_known_args(args, namespace)

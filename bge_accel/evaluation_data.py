@@ -144,7 +144,7 @@ def corpus_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dic
 
 
 def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) -> Queries:
-    """Reads rows `{"query" or "text"}`, with optional "id" (or "_id") and "positive": [text, ...].
+    """Reads rows `{"query" or "text"}`, with optional "id" (or "_id") and "positive" (or "pos"): [text, ...].
 
     A row without an id gets its number, counted from 0 over all files. An empty list of positives makes an unjudged
     query.
@@ -154,13 +154,14 @@ def read_queries(paths: Sequence[str], faults: Faults, *, need_positives: bool) 
     for where, row, query in query_rows(paths, faults):
         queries.texts.append(query)
         queries.ids.append(_id(row, len(queries.ids), seen, where, faults))
-        positives = row.get("positive") if need_positives else []
+        name = "pos" if "pos" in row and "positive" not in row else "positive"
+        positives = row.get(name) if need_positives else []
         if positives is None:
             faults.add(where, '"positive" is missing: list the texts that answer the query, or give --qrels')
         elif not isinstance(positives, list):
-            faults.add(where, f'"positive" is {shorten(positives)}: it has to be a list of strings, like ["..."]')
+            faults.add(where, f'"{name}" is {shorten(positives)}: it has to be a list of strings, like ["..."]')
         elif wrong := [text for text in positives if not isinstance(text, str) or not text.strip()]:
-            faults.add(where, f'"positive" holds {shorten(wrong[0])}: every item has to be a text')
+            faults.add(where, f'"{name}" holds {shorten(wrong[0])}: every item has to be a text')
         else:
             queries.positives.append(positives)
     return queries

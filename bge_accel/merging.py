@@ -31,6 +31,7 @@ from bge_accel.merge_plan import (
     module_folders,
     open_models,
 )
+from bge_accel.reading import shown_name
 from bge_accel.tensor_files import (
     INDEX,
     Layout,
@@ -169,7 +170,7 @@ def merge_models(
         recipe = {
             "method": "weighted average",
             "models": [
-                {"name": _shown_name(model.name), "weight": weight}
+                {"name": shown_name(model.name), "weight": weight}
                 for model, weight in zip(models, weights, strict=True)
             ],
             "dtype": str(dtype).removeprefix("torch.") if dtype is not None else "as the first model's",
@@ -218,7 +219,9 @@ def check_weights(weights: Sequence[float], num_models: int, *, normalize: bool 
             raise ValueError(f"the weights {shown} sum to {total:g} and cannot be normalised")
         return [weight / total for weight in weights]
     if abs(total - 1) > TOLERANCE:
-        raise ValueError(f"the weights {shown} sum to {total:g}, not to 1; change them, or ask for normalize")
+        raise ValueError(
+            f"the weights {shown} sum to {total:g}, not to 1; change them, or give --normalize (normalize=True)"
+        )
     return weights
 
 
@@ -231,7 +234,7 @@ def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: b
     if os.path.exists(target) and not os.path.isdir(target):
         raise ValueError(f"the output {output_path} is a file; name a folder")
     if os.path.isdir(target) and os.listdir(target) and not overwrite:
-        raise ValueError(f"the output {output_path} is not empty; name another folder, or ask for overwrite_output_dir")
+        raise ValueError(f"the output {output_path} is not empty; name another folder, or give --overwrite_output_dir")
     parent = _existing_parent(output_path)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
         raise ValueError(f"the output {output_path} cannot be made in {parent}, which is no writable folder")
@@ -445,11 +448,6 @@ those of {inline(recipe["models"][0]["name"])}.
 def _write_text(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _shown_name(name: str) -> str:
-    """A model's name as the card has it: folders are nobody else's business, their last part says enough."""
-    return os.path.basename(os.path.abspath(name)) if os.path.isdir(name) else name
 
 
 def _floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

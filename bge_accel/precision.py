@@ -51,7 +51,8 @@ def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) ->
     if on_gpu or not (fp16 or bf16):
         return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32, None
     if bf16 and cpu_has_bf16():
-        return torch.bfloat16, None
+        slow = None if cpu_is_faster_in_bf16() else "bfloat16 is slower than float32 on this CPU: leave out --bf16"
+        return torch.bfloat16, slow
     if bf16:
         return torch.float32, "this CPU has no bfloat16 arithmetic: computing in float32 instead"
     if cpu_is_faster_in_bf16():

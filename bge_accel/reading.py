@@ -3,6 +3,7 @@
 Whatever a file holds, it is read or refused: memory stays bounded, and nothing else than a ValueError comes of it.
 """
 
+import difflib
 import glob
 import gzip
 import hashlib
@@ -98,8 +99,27 @@ def find_files(paths: Sequence[str], faults: Faults) -> list[str]:
         elif matches := [] if "\0" in path else sorted(glob.glob(path)):
             files += find_files(matches, faults)
         else:
-            faults.add(path, "no such file or folder")
+            near = near_path(path)
+            faults.add(path, "no such file or folder" + (f"; did you mean {near}?" if near else ""))
     return files
+
+
+def near_path(path: str) -> str | None:
+    """A file or folder of a similar name that stands where this one does not."""
+    folder, name = os.path.split(os.path.normpath(path))
+    try:
+        near = difflib.get_close_matches(name, os.listdir(folder or "."), n=1, cutoff=0.75)
+    except (OSError, ValueError):
+        return None
+    return os.path.join(folder, near[0]) if near else None
+
+
+def shown_name(path: str) -> str:
+    """The last part of a model's path, or the last two where that says too little; a name on the hub as it is."""
+    if not os.path.isdir(path):
+        return path
+    parts = os.path.abspath(path).split(os.sep)
+    return "/".join(parts[-2:] if parts[-1] == "model" or parts[-1].startswith("checkpoint-") else parts[-1:])
 
 
 def open_binary(path: str) -> io.BufferedIOBase:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bge_accel.reading import installed_version, read_front_matter, shorten
+from bge_accel.reading import installed_version, read_front_matter, shorten, shown_name
 
 if TYPE_CHECKING:
     from bge_accel.model import EmbeddingSettings
@@ -119,7 +119,7 @@ def model_card(
         scores: when it was measured (`before`, `after`) -> data set -> metrics.
     """
     is_folder = os.path.isdir(base)
-    shown_base = inline(os.path.basename(os.path.abspath(base)) if is_folder else base)
+    shown_base = inline(shown_name(base))
     link = shown_base if is_folder else f"[{shown_base}](https://huggingface.co/{base})"
     header = {
         "library_name": "sentence-transformers",

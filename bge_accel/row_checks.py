@@ -25,6 +25,7 @@ from bge_accel.reading import (
 Severity = Literal["error", "warning", "note"]
 
 MIN_QUERIES_FOR_SHARES = 20  # of fewer, a share says nothing
+OFTEN_MASKED = 0.02  # of the pairs of rows share a positive
 REPEATED = 0.01  # from this share on, repetition is more than an accident
 MOSTLY_CUT = {"query": 0.2, "passage": 0.6}  # a passage's beginning often says what it is about, a query's does not
 
@@ -240,6 +241,9 @@ def _repetition(sample: Sample) -> list[Finding]:
         if len(set(map(normalise_text, row.get("neg") or []))) < len(row.get("neg") or [])
     ]
 
+    total = len(sample.rows)
+    masked = sum(count * (count - 1) for count in of_positive.values()) / max(total * (total - 1), 1)
+
     def grave(indices: list[int], share: float = REPEATED) -> Severity:
         return "warning" if len(indices) > share * len(sample.rows) else "note"
 
@@ -254,8 +258,10 @@ def _repetition(sample: Sample) -> list[Finding]:
             'put the positives of a query into one row\'s "pos": what one row has as negative may answer the other',
         ),
         *finding(
-            "duplicate_passages", grave(shared, 0.3), sample, shared, "have only positives that other queries have too",
-            "such rows teach little beside each other, as their passages are masked; drop texts that answer everything",
+            "duplicate_passages", "warning" if masked > OFTEN_MASKED else "note", sample, shared,
+            "have only positives that other queries have too",
+            "in one batch such passages are masked: harmless while `masked` in the log is small; drop texts that answer "
+            "everything",
         ),
         *finding(
             "repeated_negatives", grave(twice), sample, twice, 'have the same text several times in "neg"',

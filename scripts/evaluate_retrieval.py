@@ -55,8 +55,8 @@ from bge_accel.evaluation import (
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.evaluation_sources import is_hub_name
 from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
-from bge_accel.reading import Faults, installed_version, shorten
-from bge_accel.report import metrics_table
+from bge_accel.reading import Faults, installed_version, shorten, shown_name
+from bge_accel.report import metrics_table, side_by_side_table
 from bge_accel.store import read_manifest
 from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
 
@@ -300,7 +300,8 @@ def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
 
 def system_names(paths: list[str]) -> list[str]:
     """The last part of each path, or the whole where that would make two alike; what is named twice is numbered."""
-    short = [name if is_hub_name(name) else os.path.basename(os.path.abspath(name)) for name in paths]
+    short = [name if is_hub_name(name) or os.path.isdir(name) else os.path.basename(name) for name in paths]
+    short = [shown_name(name) for name in short]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     earlier = [names[:number].count(name) for number, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
@@ -420,11 +421,14 @@ def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
         show_system(cfg, data, system, heading=len(systems) > 1)
     base = systems[0].name
     for other in compared:
-        print(f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n")
+        print(
+            f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n\n{other.verdict}\n"
+        )
         print(moved_text(other.moved, base, other.name))
-        print(f"\n{differences_table(other.differences, base, other.name)}\n\n{other.verdict}")
+        print(f"\n{differences_table(other.differences, base, other.name)}")
     if len(systems) > 1:
-        print()
+        print(f"\n== All of {len(data.queries.ids):,} queries\n")
+        print(side_by_side_table({system.name: system.evaluation.metrics for system in systems}) + "\n")
     print(f"wrote {', '.join(written)}")
 
 
@@ -464,6 +468,8 @@ def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: b
     if all(name in evaluation.metrics for name in documented):  # what eval_msmarco prints, in its form
         print({name: round(evaluation.metrics[name], 6) for name in documented})
     print(metrics_table(evaluation.metrics))
+    if "model" in about:
+        print(f"computed in {about['model']['dtype']} on {about['model']['device']}")
     if evaluation.seconds:
         print("seconds: " + ", ".join(f"{n.replace('_', ' ')} {value:.1f}" for n, value in evaluation.seconds.items()))
 

@@ -843,6 +843,8 @@ def main(cfg: Config) -> None:
         f"{computes_in} on {device.type}; query "
         f"instruction {shorten(settings.query_prefix)}"
     )
+    for name, held_out in eval_sets.items():
+        say(f"  measured on {name}: {len(held_out.queries.ids):,} queries among {len(held_out.corpus.ids):,} passages")
     for feed, share in zip(feeds if len(feeds) > 1 else (), shares.tolist(), strict=False):
         say(
             f"  {share:.1%} {feed.source.name}: {f'{len(feed.rows):,} rows' if feed.rows else 'a stream'}, {feed.batch_size} "

@@ -173,6 +173,7 @@ class Config:
     show: int = option(0, "print so many rows as they came out, like 20", group="output")
 
 
+SAMPLE_LENGTH = 400  # characters of a text that --show prints
 NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "plot", "show", "drop_rows_without_negatives",
                       "write_scores", "input_file", "candidate_pool", "save_path")  # fmt: skip
 
@@ -589,10 +590,12 @@ def summarize(
 
 
 def sample(query: str, positives: list[tuple[str, float]], negatives: list[tuple[str, float]]) -> str:
-    """One row as people read it: the first three positives and negatives with their scores."""
-    lines = [f"query          {shorten(query, 100)}"]
+    """One row as people read it: the first three positives and negatives with their scores, long enough to judge."""
+    lines = [f"query          {shorten(' '.join(query.split()), SAMPLE_LENGTH)}"]
     for mark, texts in (("+", positives), ("-", negatives)):
-        lines += [f"  {mark} {score:>9.4f}  {shorten(text, 100)}" for text, score in texts[:3]]
+        lines += [
+            f"  {mark} {score:>9.4f}  {shorten(' '.join(text.split()), SAMPLE_LENGTH)}" for text, score in texts[:3]
+        ]
         if len(texts) > 3:
             lines.append(f"  {mark}            ... and {len(texts) - 3} more")
     return "\n".join(lines)

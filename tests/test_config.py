@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
+from conftest import Run
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.refused_flags import REFUSED
@@ -188,9 +189,9 @@ def test_to_yaml_is_read_back_unchanged(parse, tmp_path):
 @pytest.mark.parametrize(
     ("field", "line", "yaml", "message"),
     [
-        ("learning_rat", "1", "1", "unknown .*learning_rat.*; did you mean learning_rate\\?$"),
-        ("deepsped", "1", "1", "did you mean deepspeed\\?$"),
-        ("normalised", "1", "1", "did you mean normalized\\?$"),
+        ("learning_rat", "1", "1", "unknown .*learning_rat.*; did you mean (--)?learning_rate\\?$"),
+        ("deepsped", "1", "1", "did you mean (--)?deepspeed\\?$"),
+        ("normalised", "1", "1", "did you mean (--)?normalized\\?$"),
         ("zzzzzzz", "1", "1", "unknown (argument|key) \\S*zzzzzzz'?$"),
         ("learning", "1", "1", "unknown .*learning'?;"),  # no abbreviation
         ("max_steps", "many", "many", "'many' is not an integer"),
@@ -422,3 +423,23 @@ def test_help_of_finetune_needs_no_heavy_package_and_two_seconds(tmp_path, finet
         if seconds[-1] < 2:
             break
     assert min(seconds) < 2
+
+
+def test_short_names_lead_to_the_long_ones(tmp_path: Path, run_script: Run) -> None:
+    for name, script, meant in (
+        ("batch_size", "finetune.py", "per_device_train_batch_size"),
+        ("lr", "finetune.py", "learning_rate"),
+        ("model", "evaluate_retrieval.py", "encoder"),
+    ):
+        assert f"did you mean --{meant}?" in run_script(script, f"--{name}", 1, status=2).stderr
+
+
+def test_a_name_near_that_of_a_folder_is_not_looked_for_on_the_hub(tmp_path: Path, tiny_model: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        (tmp_path / "tuned").symlink_to(tiny_model)
+        with pytest.raises(ValueError, match=r"--encoder tunde is not a folder; did you mean tuned\?"):
+            check_model_path("--encoder", "tunde")
+        check_model_path("--encoder", "tuned")
+        check_model_path("--encoder", "BAAI/tunde")
+        check_model_path("--encoder", "other")

@@ -160,6 +160,13 @@ def test_one_passage_that_answers_everything(diagnose: Diagnose) -> None:
     the_only(diagnose(rows), "duplicate_passages", "warning", 1)
 
 
+def test_two_questions_a_passage_are_no_alarm(diagnose: Diagnose) -> None:
+    rows = sound_rows()
+    for one, other in zip(rows[0:40:2], rows[1:40:2], strict=True):
+        one["pos"] = other["pos"]
+    the_only(diagnose(rows), "duplicate_passages", "note", 1)
+
+
 def test_repeated_negatives(diagnose: Diagnose) -> None:
     rows = sound_rows()
     for row in rows[5:10]:

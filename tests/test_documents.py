@@ -509,6 +509,9 @@ def workbench(tmp_path: Path) -> Path:
     rows = [json.loads(line) for line in open(write_rows(tmp_path / "train.jsonl", 16), encoding="utf-8")]
     for name in ("mined.jsonl", "dev.jsonl", "rows.jsonl"):
         shutil.copy(tmp_path / "train.jsonl", tmp_path / name)
+    write_rows(tmp_path / "my_rows.jsonl", 450)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "split_rows.py").symlink_to(REPO / "data" / "split_rows.py")
     texts = dict.fromkeys(text for row in rows for text in [*row["pos"], *row["neg"]])
     ids = {text: f"d{number}" for number, text in enumerate(texts)}
     corpus = [{"id": number, "content": text} for text, number in ids.items()]
@@ -586,7 +589,7 @@ def run_document(path: Path, where: Path, model: str, reranker: str) -> int:
 
 def test_the_readme_runs(workbench: Path, base_model: str, tiny_reranker: str) -> None:
     ran = run_document(REPO / "README.md", workbench, base_model, tiny_reranker)
-    assert ran == 6  # mine, tune, merge, evaluate, report; the program
+    assert ran == 7  # split, mine, tune, merge, evaluate, report; the program
     assert (workbench / "comparison.html").exists() and (workbench / "report.html").exists()
     assert set(json.loads((workbench / "metrics.json").read_text())["systems"]) >= {"tuned", "merged"}
 

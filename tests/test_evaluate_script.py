@@ -55,7 +55,7 @@ def test_the_documented_line_of_flagembedding(run_script, tiny_model, toy, tmp_p
     assert result["model"]["query_instruction"] == "Represent this sentence for searching relevant passages: "
     assert result["config"]["k"] == 100 and result["config"]["encoder"] == [tiny_model]
     assert result["versions"]["torch"] and all(seconds >= 0 for seconds in result["seconds"].values())
-    header, *rows = done.stdout.splitlines()[-9:-2]
+    header, *rows = done.stdout.splitlines()[-10:-3]
     assert header.split() == ["@1", "@3", "@5", "@10", "@100"]
     assert [line.split()[0] for line in rows] == ["MRR", "nDCG", "Recall", "Capped_Recall", "MAP", "P"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.json", "toy_corpus.json", "toy_query.json"]

@@ -55,6 +55,15 @@ def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> Non
     assert version == bge_accel.__version__ and path.startswith(str(tmp_path))
 
 
+def test_a_folder_of_the_librarys_name_does_not_hide_it(tmp_path: Path) -> None:
+    """As the clone does for scripts that stand beside it."""
+    (tmp_path / "bge_accel").mkdir()
+    (tmp_path / "mine.py").write_text("from bge_accel import EmbeddingModel, __version__; print(__version__)")
+    env = {**os.environ, "PYTHONPATH": ""}
+    done = subprocess.run([sys.executable, "mine.py"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == bge_accel.__version__, done.stderr
+
+
 def test_it_asks_for_what_the_requirements_say(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (name,) = (name for name in archive.namelist() if name.endswith("METADATA"))

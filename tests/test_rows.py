@@ -18,6 +18,7 @@ from pyarrow import parquet
 
 from bge_accel import rows as rows_module
 from bge_accel.data import draw_example
+from bge_accel.reading import shown_name
 from bge_accel.rows import TrainingRows
 
 FULL = {"query": "who 检索 😀", "pos": ["king", "a king"], "neg": ["queen"], "pos_scores": [0.25, 2.0], "neg_scores": [-1.5],
@@ -30,6 +31,13 @@ def lines(rows):
 
 def numbered(count, **extra):
     return [{"query": f"q{i}", "pos": [f"p{i}"], "neg": [f"n{i}"], **extra} for i in range(count)]
+
+
+def test_names_of_models_as_they_are_shown(tmp_path):
+    for name in ("package/model", "tuned/checkpoint-5", "tuned/merged"):
+        (tmp_path / name).mkdir(parents=True)
+    shown = [shown_name(str(tmp_path / name)) for name in ("package/model", "tuned/checkpoint-5", "tuned/merged")]
+    assert shown == ["package/model", "tuned/checkpoint-5", "merged"] and shown_name("BAAI/x/") == "BAAI/x/"
 
 
 @pytest.fixture

@@ -335,4 +335,4 @@ def test_wrong_flags_end_the_job_in_one_line(slurm: Slurm, tmp_path: Path) -> No
     flags = ["--output_dri", "out"]
     with Job(slurm, tmp_path, "finetune_single_node.sbatch", ["--ntasks-per-node=2"], flags) as job:
         job.wait_for_end("FAILED", seconds=60)
-        assert job.log().startswith("finetune.py: error: unknown argument --output_dri; did you mean output_dir?")
+        assert job.log().startswith("finetune.py: error: unknown argument --output_dri; did you mean --output_dir?")
