@@ -140,7 +140,7 @@ def mutated_value(rng: Random, valid: Any) -> Any:
         places = []
 
         def walk(inner: Any, places: list = places) -> None:
-            for key in list(inner) if isinstance(inner, dict) else range(len(inner)):
+            for key in list(inner) if isinstance(inner, dict) else range(min(len(inner), 20)):
                 places.append((inner, key))
                 if isinstance(inner[key], dict | list):
                     walk(inner[key])
