@@ -372,10 +372,10 @@ def check_training_row(row: dict[str, Any]) -> list[str]:
         wrong.append('"query" is empty: remove the row or fill it in')
     for key in ("pos", "neg"):
         texts = row.get(key)
+        if texts is None and key == "neg":
+            texts = []
         if key == "pos" and "pos" not in row:
             wrong.append('"pos" is missing: every row needs at least one positive text, as a list')
-        elif texts is None and key == "neg":
-            continue
         elif not isinstance(texts, list):
             wrong.append(f'"{key}" is {shorten(texts)}: it has to be a list of strings, like ["..."]')
         elif key == "pos" and not texts:

@@ -70,6 +70,7 @@ ROW_FAULTS = [
     ({"query": "q", "pos": ["a"], "pos_scores": [1, 2]}, '"pos_scores" is [1, 2]: it needs one number for each of 1'),
     ({"query": "q", "pos": ["a"], "pos_scores": 1}, '"pos_scores" is 1: it needs one number for each of 1 texts'),
     ({**GOOD, "neg_scores": [0.5]}, '"neg_scores" is [0.5]: it needs one number for each of 2 texts'),
+    ({"query": "q", "pos": ["a"], "neg_scores": [""]}, '"neg_scores" is [""]: it needs one number for each of 0 texts'),
     ({**GOOD, "neg_scores": [1, math.nan]}, '"neg_scores" is [1, NaN]: every score has to be a finite number'),
     ({**GOOD, "pos_scores": [-math.inf]}, '"pos_scores" is [-Infinity]: every score has to be a finite number'),
     ({**GOOD, "pos_scores": ["0.5"]}, '"pos_scores" is ["0.5"]: every score has to be a finite number'),
