@@ -159,7 +159,7 @@ class _Parser(argparse.ArgumentParser):
         """Ends with the nearest known name, written as the unknown one was: with dashes or without."""
         common = [other for other in COMMON_NAMES.get(name, ()) if other in self.known]
         near = common or difflib.get_close_matches(name, self.known, n=1)
-        dashes = "--" if where.partition(name)[0].endswith("--") else ""
+        dashes = "--" if where.startswith("unknown argument") else ""
         self.error(f"{where}" + (f"; did you mean {dashes}{near[0]}?" if near else ""))
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
