@@ -53,7 +53,6 @@ from bge_accel.evaluation import (
     score_histogram,
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
-from bge_accel.evaluation_sources import is_hub_name
 from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
 from bge_accel.reading import Faults, installed_version, shorten, shown_name
 from bge_accel.report import metrics_table, side_by_side_table
@@ -300,8 +299,7 @@ def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
 
 def system_names(paths: list[str]) -> list[str]:
     """The last part of each path, or the whole where that would make two alike; what is named twice is numbered."""
-    short = [name if is_hub_name(name) or os.path.isdir(name) else os.path.basename(name) for name in paths]
-    short = [shown_name(name) for name in short]
+    short = [os.path.basename(path) if os.path.isfile(path) else shown_name(path) for path in paths]
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     earlier = [names[:number].count(name) for number, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]

@@ -825,9 +825,9 @@ def main(cfg: Config) -> None:
             with open(path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
             with user_errors():
-                rows = [(line, log_row(path, line)) for line in lines]
-            kept = [line for line, row in rows if row["step"] <= step]
-            measured = {row["step"]: row["eval"] for _, row in rows if row["step"] <= step and "eval" in row}
+                logged = [(line, row) for line in lines if (row := log_row(path, line))["step"] <= step]
+            kept = [line for line, _ in logged]
+            measured = {row["step"]: row["eval"] for _, row in logged if "eval" in row}
         with open(f"{path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
         os.replace(f"{path}.part", path)

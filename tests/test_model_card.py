@@ -97,15 +97,19 @@ def test_card_of_a_merged_model(tmp_path: Path, licensed: Path, run_script: Run)
     assert ModelCard.load(tmp_path / "differ" / "README.md").data.license is None
 
 
-def test_langchain_snippet_agrees(tmp_path: Path, licensed: Path, run_script: Run) -> None:
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+def test_langchain_snippet_agrees(tmp_path: Path, licensed: Path, run_script: Run, pooling: str) -> None:
     pytest.importorskip("langchain_huggingface", reason="needs `pip install langchain-huggingface`")
     data = write_rows(tmp_path / "rows.jsonl", 16)
     run_script(
         *("finetune.py", "--model_name_or_path", licensed, "--train_data", data, "--output_dir", "tuned"),
         *("--max_steps", 2, "--per_device_train_batch_size", 4, "--query_instruction_for_retrieval", INSTRUCTION),
         *("--passage_instruction_for_retrieval", "passage: "),
+        *("--sentence_pooling_method", pooling, "--normalize_embeddings", pooling != "mean"),
     )
-    assert_snippets_agree(tmp_path / "tuned", ["bge_accel", "LangChain"])
+    mix_models([str(tmp_path / "tuned")] * 2, "encoder", [0.5, 0.5], str(tmp_path / "mer: ged"))
+    for folder in ("tuned", "mer: ged"):
+        assert_snippets_agree(tmp_path / folder, ["bge_accel", "LangChain"])
 
 
 @pytest.mark.parametrize("name", ["null", "- a: b", "# `x` ```", "*a*|[b](c)", "的 é\n---\nx: y", "'\""])
