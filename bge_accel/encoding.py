@@ -16,6 +16,7 @@ import torch
 
 from bge_accel import unpadded
 from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
+from bge_accel.jobs import progress
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
@@ -102,11 +103,9 @@ def encode_texts(
         max_texts: texts of a micro-batch; by default bounded by `max_tokens` alone.
         counts: added to.
     """
-    from tqdm import tqdm
-
     dim: int = encoder.backbone.config.hidden_size  # type: ignore[union-attr,assignment]
     embeddings = np.empty((len(texts), dim), dtype=np.float32)
-    with tqdm(total=len(texts), desc=description, unit="text", disable=not show_progress) as bar:
+    with progress(len(texts), description, "text", shown=show_progress) as bar:
         encoded = encode_windows(
             encoder,
             tokenizer,
@@ -529,8 +528,6 @@ class EmbeddingModel:
         Raises:
             ValueError: the folder holds a store of something else, or anything but a store; no texts.
         """
-        from tqdm import tqdm
-
         if not len(corpus):
             raise ValueError("there are no texts to encode into a store")
         digest = digest_texts(corpus)
@@ -538,7 +535,7 @@ class EmbeddingModel:
         with writing(folder):
             manifest, missing = prepare_store(folder, wanted)
             num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
-            with tqdm(total=num_missing, desc=f"{kind} store", unit="text", disable=not show_progress) as bar:
+            with progress(num_missing, f"{kind} store", "text", shown=show_progress) as bar:
                 encode_to_store(
                     self,
                     folder,

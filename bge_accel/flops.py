@@ -5,6 +5,9 @@ from typing import Any
 
 import torch
 
+from bge_accel import last_layer
+from bge_accel.model import Encoder
+
 # Dense tensor-core rates in bfloat16 or float16, 1e12 operations a second, from NVIDIA's and AMD's data sheets. The first
 # name that occurs in the card's own counts.
 PEAK_TFLOPS = {
@@ -28,22 +31,24 @@ PEAK_TFLOPS = {
 }
 
 
-def flops_per_token(backbone: torch.nn.Module) -> tuple[float, float]:
+def flops_per_token(encoder: Encoder) -> tuple[float, float]:
     """(a, b): the forward pass over a text of n tokens takes about a n + b n^2 floating-point operations.
 
     Matrix products alone, a multiplication and an addition each: 2 for every weight of a linear layer and token, and
     4 x layers x hidden size for every pair of tokens (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361, section
-    2.1, with bidirectional attention). The backward pass takes twice as many.
+    2.1, with bidirectional attention). What the last layer computes for one token a text alone is left out. The backward
+    pass takes twice as many.
     """
-    config: Any = backbone.config
+    config: Any = encoder.config
+    once = last_layer.unused_linears(encoder.backbone) if encoder.pools_one_token else []
     weights = sum(
         getattr(module.weight, "ds_numel", module.weight.numel())  # under ZeRO-3 a part is here
-        for name, module in backbone.named_modules()
-        if isinstance(module, torch.nn.Linear) and "pooler" not in name
+        for name, module in encoder.backbone.named_modules()
+        if isinstance(module, torch.nn.Linear) and "pooler" not in name and module not in once
     )
     heads = getattr(config, "num_attention_heads", 1)
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2.0 * weights, 4.0 * config.num_hidden_layers * width
+    return 2.0 * weights, 4.0 * (config.num_hidden_layers - bool(once)) * width
 
 
 def peak_flops(device: torch.device) -> float | None:

@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bge_accel.comparison import Difference, difference_cells
-from bge_accel.figures import COLORS, Figure, Histogram, Intervals, Line, LineChart
+from bge_accel.figures import Figure, Histogram, Intervals, Line, LineChart
 from bge_accel.page import Page
+from bge_accel.reading import shown_name
 
-METRIC = re.compile(r"(?:(.*)[/_])?([A-Za-z]+(?:_Recall)?)@(\d+)$")
+METRIC = re.compile(r"(?:(.*?)[/_])?((?:Capped_)?[A-Za-z]+)@(\d+)")
+IN_CHARTS = ("nDCG", "MRR", "MAP", "Recall")  # P@10 of queries with one positive is a tenth at most
 
 
 def evaluation_page(result: Mapping[str, Any]) -> Page:
@@ -57,7 +59,7 @@ def training_page(
     curves = _curves(log)
     trained = [row for row in log if "loss" in row]
     last = trained[-1] if trained else {}
-    start = os.path.basename(str(config.get("model_name_or_path", "a model")).rstrip("/"))
+    start = shown_name(str(config.get("model_name_or_path", "a model")))
     page = Page(name, f"fine-tuned from {start}")
     tiles = [(f"{last['step']:,}", "steps")] if last else []
     tiles += [(f"{last[key]:{form}}", what) for key, form, what in (
@@ -95,7 +97,7 @@ def _systems(result: Mapping[str, Any]) -> Mapping[str, Any]:
     if "systems" in result:
         return result["systems"]
     model = result.get("model", {}).get("name") or result.get("run") or "evaluation"
-    return {os.path.basename(str(model).rstrip("/")): result}
+    return {shown_name(str(model)): result}
 
 
 def _add_result(page: Page, result: Mapping[str, Any]) -> None:
@@ -258,7 +260,7 @@ def _metric_figures(curves: Mapping[str, Line]) -> list[Figure]:
     """One chart for each data set: its metrics at 10 (or the largest cut-off) over the steps."""
     groups: dict[str, dict[str, dict[int, Line]]] = {}
     for name, line in curves.items():
-        if match := METRIC.fullmatch(name):
+        if (match := METRIC.fullmatch(name)) and match[2] in IN_CHARTS:
             of, metric, cutoff = match[1] or "", match[2], int(match[3])
             groups.setdefault(of, {}).setdefault(metric, {})[cutoff] = line
     figures: list[Figure] = []
@@ -267,5 +269,5 @@ def _metric_figures(curves: Mapping[str, Line]) -> list[Figure]:
         for metric, lines_at in metrics.items():
             cutoff = 10 if 10 in lines_at else max(lines_at)
             lines.append(lines_at[cutoff]._replace(label=f"{metric}@{cutoff}"))
-        figures.append(LineChart(f"Metrics{f': {of}' if of else ''}", "step", "metric", lines[: len(COLORS)]))
+        figures.append(LineChart(f"Metrics{f': {of}' if of else ''}", "step", "metric", lines))
     return figures

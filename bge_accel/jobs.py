@@ -14,6 +14,7 @@ from bge_accel.checkpoint import differences, flush
 from bge_accel.reading import Faults, find_files, load_json, read_rows
 
 T = TypeVar("T")
+LOG_SECONDS = 60  # between two lines of progress where there is no terminal
 
 
 class Processes:
@@ -27,11 +28,6 @@ class Processes:
             # Gloo on GPUs, too: nothing is sent but a message now and then, after hours of work perhaps.
             dist.init_process_group("gloo", timeout=timedelta(days=7))
             self.rank = dist.get_rank()
-
-    @property
-    def shows_bars(self) -> bool:
-        """Whether this process shows progress bars."""
-        return self.rank == 0 and sys.stderr.isatty()
 
     def say(self, text: str) -> None:
         """Prints on the first process alone."""
@@ -48,6 +44,38 @@ class Processes:
     def on_first(self, work: Callable[[], None]) -> None:
         """Does it on the first process while the others wait; what is wrong is raised by all."""
         from_first(work)
+
+
+def progress(total: int | None, what: str, unit: str, *, shown: bool = True, **options: Any) -> Any:
+    """A bar on a terminal and in a notebook; in the log of a job a line a minute, so nothing of what takes less.
+
+    Args:
+        options: of tqdm.
+    """
+    from tqdm import tqdm
+
+    options = {"total": total, "desc": what, "unit": unit, "disable": not shown, **options}
+    if not sys.stderr.isatty() and "ipykernel" not in sys.modules:
+        of_total, to_go = (" of {total_fmt}", ", {remaining} to go") if total is not None else ("", "")
+        options |= {
+            "bar_format": f"{{desc}}: {{n_fmt}}{of_total} {unit}s, {{elapsed}} gone{to_go}, {{rate_fmt}}",
+            "mininterval": LOG_SECONDS,
+            "maxinterval": 2 * LOG_SECONDS,
+            "delay": LOG_SECONDS,
+            "leave": False,
+            "file": _Lines(),
+        }
+    return tqdm(**options)
+
+
+class _Lines:
+    """Where tqdm writes a bar over the last one, writes lines to stderr."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip("\r\n "):
+            print(text, file=sys.stderr, flush=True)
+
+    def flush(self) -> None: ...
 
 
 def leave_processes() -> None:

@@ -22,6 +22,7 @@ import torch
 
 from bge_accel.checkpoint import atomic_folder, find_checkpoints
 from bge_accel.encoding import prefetch
+from bge_accel.jobs import progress
 from bge_accel.merge_plan import (
     MODEL_TYPES,
     WEIGHT_FILES,
@@ -258,8 +259,6 @@ def _write_weights(
     plan: MergePlan,
     shards: Mapping[str, Sequence[str]],
 ) -> None:
-    from tqdm import tqdm
-
     files = [model.files for model in models]
     # (model, its name of the tensor, weight) of what each tensor is the sum of.
     parts = {
@@ -271,7 +270,7 @@ def _write_weights(
     total = sum(files[i].tensors[own].num_bytes for of in parts.values() for i, own, _ in of)
     with (
         _one_thread(),
-        tqdm(total=total, desc="merging", unit="B", unit_scale=True, delay=1, leave=False, disable=None) as bar,
+        progress(total, "merging", "B", unit_scale=True, delay=1, leave=False) as bar,
     ):
         for name, tensors in shards.items():
             layouts = {tensor: plan.tensors[tensor] for tensor in tensors}

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bge_accel import last_layer
 from bge_accel.reading import is_inside, load_json, shorten
 from bge_accel.unpadded import pool_packed
 
@@ -85,12 +86,15 @@ def pool(hidden: torch.Tensor, attention_mask: torch.Tensor, method: str) -> tor
         weights = attention_mask.to(torch.float64 if hidden.dtype == torch.float64 else torch.float32)
         summed = torch.einsum("nld,nl->nd", hidden.to(weights.dtype), weights)
         return summed / weights.sum(1, keepdim=True).clamp(min=1)
+    return hidden[torch.arange(len(hidden), device=hidden.device), pooled_tokens(attention_mask, method)]
+
+
+def pooled_tokens(attention_mask: torch.Tensor, method: str) -> torch.Tensor:
+    """Places (n,) of the first or the last token of each text, padded on either side."""
     if method == "cls":
-        first = attention_mask.argmax(1)
-    else:
-        positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
-        first = (attention_mask * positions).argmax(1)
-    return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        return attention_mask.argmax(1)
+    positions = torch.arange(attention_mask.shape[1], device=attention_mask.device)
+    return (attention_mask * positions).argmax(1)
 
 
 class Encoder(torch.nn.Module):
@@ -101,6 +105,12 @@ class Encoder(torch.nn.Module):
         assert pooling in POOLING_METHODS
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
         self.config = backbone.config  # where DeepSpeed looks for the model's width
+        self._knows_tokens = pooling in ("cls", "last_token") and last_layer.prepare(backbone)
+
+    @property
+    def pools_one_token(self) -> bool:
+        """Whether the last layer computes no more than the token of each text that becomes its embedding."""
+        return self._knows_tokens and last_layer.can_choose(self.config)
 
     def forward(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **packed: Any
@@ -110,9 +120,18 @@ class Encoder(torch.nn.Module):
         Args:
             packed: instead of the mask, what `unpadded.pack` gives, after `unpadded.use_kernel`.
         """
-        hidden = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **packed).last_hidden_state
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **packed}
+        if self.pools_one_token:
+            if attention_mask is not None:
+                inputs["pooled_tokens"] = pooled_tokens(attention_mask, self.pooling)
+            else:
+                starts = packed["starts"]
+                inputs["pooled_tokens"] = starts[:-1] if self.pooling == "cls" else starts[1:] - 1
+        hidden = self.backbone(**inputs).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
-            if attention_mask is None:
+            if self.pools_one_token:
+                pooled = hidden.flatten(0, 1)  # one of the first two dimensions is 1
+            elif attention_mask is None:
                 pooled = pool_packed(hidden[0], packed["starts"], self.pooling)
             else:
                 pooled = pool(hidden, attention_mask, self.pooling)

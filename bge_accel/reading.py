@@ -116,7 +116,8 @@ def near_path(path: str) -> str | None:
 
 def shown_name(path: str) -> str:
     """The last part of a model's path, or the last two where that says too little; a name on the hub as it is."""
-    if not os.path.isdir(path):
+    is_path = os.path.isdir(path) or path.startswith((".", os.sep)) or path.count("/") > 1
+    if not is_path:
         return path
     parts = os.path.abspath(path).split(os.sep)
     return "/".join(parts[-2:] if parts[-1] == "model" or parts[-1].startswith("checkpoint-") else parts[-1:])

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.jobs import progress
+
 PAIRS_AT_ONCE = 4096  # sorted by length together
 
 
@@ -76,7 +78,7 @@ class Reranker:
         self.tokenizer.model_max_length = self.max_length
 
     def score(
-        self, pairs: Iterable[tuple[str, str]], *, total: int | None = None, progress: bool = False
+        self, pairs: Iterable[tuple[str, str]], *, total: int | None = None, show_progress: bool = False
     ) -> np.ndarray:
         """Scores (pairs,) float32 of (query, passage) pairs, in micro-batches by length under a token budget.
 
@@ -87,10 +89,8 @@ class Reranker:
         Raises:
             ValueError: a score is not finite.
         """
-        from tqdm import tqdm
-
         iterator, scores = iter(pairs), [np.empty(0, dtype=np.float32)]
-        with tqdm(total=total, desc="scoring", unit="pair", disable=not progress, leave=False) as bar:
+        with progress(total, "scoring", "pair", shown=show_progress, leave=False) as bar:
             while window := list(islice(iterator, PAIRS_AT_ONCE)):
                 scores.append(self._score_window(window))
                 bar.update(len(window))

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_accel.data import draw_other_passage
+from bge_accel.jobs import progress
 from bge_accel.reading import (
     FIELDS,
     Faults,
@@ -254,7 +255,6 @@ def _hash(text: str) -> str:
 def _write_cache(path: str, name: str, faults: Faults) -> bool:
     """Checks every row of a file and writes them beside a note that says the copy is whole; False after a fault."""
     import pyarrow as pa
-    from tqdm import tqdm
 
     texts, numbers = pa.list_(pa.large_string()), pa.list_(pa.float64())
     fields = [pa.large_string(), texts, texts, numbers, numbers, pa.string()]
@@ -273,7 +273,7 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
 
             rows = read_rows(path, faults)
             shown = f"checking {os.path.basename(path)}"
-            for where, line, row in tqdm(rows, desc=shown, unit="row", delay=2, unit_scale=True, leave=False):
+            for where, line, row in progress(None, shown, "row", iterable=rows, delay=2, unit_scale=True, leave=False):
                 for what in check_training_row(row):
                     faults.add(where, what)
                 if faults.count > before:

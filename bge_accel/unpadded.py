@@ -8,15 +8,15 @@ attends text by text with torch's ordinary attention, anywhere and in any precis
 
 import importlib.util
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-# What computes attention over packed texts: query, key and value (tokens, heads, head_dim), `starts` (texts + 1,) int32
-# on their device, and the length of the longest text; returns (tokens, heads, head_dim).
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+# What computes attention over packed texts: query, key and value (tokens, heads, head_dim), for queries and for keys where
+# each text begins and the last ends, (texts + 1,) int32 on their device, and for both the most tokens of a text; returns
+# (tokens, heads, head_dim). Queries may be fewer than keys.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
 
 # Absolute positions, and keyword arguments that reach the attention function.
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
@@ -24,31 +24,49 @@ PREFIX = "bge_accel_unpadded_"
 
 
 def attend_torch(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    q_longest: int,
+    k_longest: int,
 ) -> torch.Tensor:
     """torch's kernel for texts of different lengths: on a GPU, float16 or bfloat16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    attended = varlen_attn(query, key, value, starts, starts, longest, longest)
+    attended = varlen_attn(query, key, value, q_starts, k_starts, q_longest, k_longest)
     assert isinstance(attended, torch.Tensor)
     return attended
 
 
 def attend_flash_attn(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    q_longest: int,
+    k_longest: int,
 ) -> torch.Tensor:
     """The kernel of the package flash_attn: on a GPU, float16 or bfloat16."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    return flash_attn_varlen_func(query, key, value, starts, starts, longest, longest)
+    return flash_attn_varlen_func(query, key, value, q_starts, k_starts, q_longest, k_longest)
 
 
 def attend_plain(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: torch.Tensor, longest: int
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    q_longest: int,
+    k_longest: int,
 ) -> torch.Tensor:
     """Text by text with torch's ordinary attention; the meaning of the other two, not their speed."""
-    lengths = starts.diff().tolist()
-    parts = zip(*(tensor.split(lengths) for tensor in (query, key, value)), strict=True)
+    q_lengths, k_lengths = q_starts.diff().tolist(), k_starts.diff().tolist()
+    parts = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True)
     attended = [F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in text)) for text in parts]
     return torch.cat([text.transpose(0, 1) for text in attended])
 
@@ -104,13 +122,12 @@ def use_kernel(backbone: Any, kernel: str) -> None:
     reason = why_not(backbone)
     if reason is not None:
         raise ValueError(f"this model cannot run without padding: {reason}")
-    AttentionInterface.register(PREFIX + kernel, partial(_attention, KERNELS[kernel]))
+    AttentionInterface.register(PREFIX + kernel, _attention)
     AttentionMaskInterface.register(PREFIX + kernel, sdpa_mask)
     backbone.set_attn_implementation(PREFIX + kernel)
 
 
 def _attention(
-    kernel: Kernel,
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -129,11 +146,34 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
+    query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return attend(module.config, query, key, value, starts, longest, dropout), None
+
+
+def attend(
+    config: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    dropout: float,
+    *,
+    one_query: bool = False,
+) -> torch.Tensor:
+    """(1, tokens, heads, head_dim) of packed texts to the same of the queries, by the model's kernel.
+
+    Args:
+        one_query: each text has a single query, in place of one for every token.
+    """
     if dropout:
         raise ValueError("attention without padding has no dropout: set the model's attention dropout to 0")
-    assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return kernel(query, key, value, starts, longest)[None], None
+    kernel = KERNELS[config._attn_implementation.removeprefix(PREFIX)]
+    q_starts, q_longest = starts, longest
+    if one_query:
+        q_starts, q_longest = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
+    return kernel(query[0], key[0], value[0], q_starts, starts, q_longest, longest)[None]
 
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, leave_processes, warn
+from bge_accel.jobs import SharedCounters, leave_processes, progress, warn
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing
 
@@ -129,7 +129,6 @@ def main(cfg: Config) -> None:
     import torch
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
-    from tqdm import tqdm
 
     from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store, line_for_all_gpus
     from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16
@@ -202,8 +201,7 @@ def main(cfg: Config) -> None:
     counters, counts = SharedCounters("encode_corpus", state.num_processes > 1), EncodingCounts()
 
     started = time.perf_counter()
-    is_quiet = cfg.disable_tqdm or not state.is_main_process or not sys.stderr.isatty()
-    with tqdm(total=num_missing, unit="text", disable=is_quiet) as bar:
+    with progress(num_missing, "encoding", "text", shown=state.is_main_process and not cfg.disable_tqdm) as bar:
 
         def on_texts(num_texts: int) -> None:
             done = counters.add("encoded", num_texts)  # by all processes together
@@ -235,7 +233,8 @@ def main(cfg: Config) -> None:
             EmbeddingStore(cfg.output_dir)
         texts, tokens, truncated = (sum(numbers) for numbers in list(zip(*all_counts, strict=True))[:3])
         print(
-            f"encoded {texts:,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s; "
+            f"encoded {texts:,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s "
+            f"in {precision} on {state.device.type}; "
             f"{truncated:,} texts were longer than {manifest.settings['max_length']} tokens and were cut"
         )
         if state.num_processes > 1:

@@ -343,7 +343,7 @@ def evaluate_encoder(
         batch_size=cfg.batch_size,
         save_path=stores[number] if stores else None,
         load_embedding=cfg.load_embedding,
-        show_progress=processes.shows_bars,
+        show_progress=True,
         shared=processes.world > 1,
         **lengths,
     )

@@ -36,7 +36,7 @@ import numpy as np
 from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, batch_positions, draw_example
-from bge_accel.jobs import leave_processes
+from bge_accel.jobs import leave_processes, progress
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
@@ -736,7 +736,7 @@ def main(cfg: Config) -> None:
         warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * num_steps)
         scheduler = get_scheduler(cfg.lr_scheduler_type, optimizer, warmup, num_steps)
 
-    work = flops_per_token(encoder.backbone)
+    work = flops_per_token(encoder)
 
     # ---- hand both to accelerate
     if is_deepspeed:
@@ -967,7 +967,7 @@ def main(cfg: Config) -> None:
         window.start += time.perf_counter() - started  # rates are those of training
 
     # ---- the loop
-    bar = tqdm(total=num_steps, initial=step, desc="training", unit="step", disable=cfg.disable_tqdm or not is_main)
+    bar = progress(num_steps, "training", "step", shown=is_main and not cfg.disable_tqdm, initial=step)
     window, stopped = Window(len(feeds)), False
     if cfg.eval_on_start and step == 0:
         measure(step)

@@ -41,6 +41,7 @@ from bge_accel.jobs import (
     leave_processes,
     new_row,
     open_work,
+    progress,
     rounded,
     warn,
 )
@@ -269,6 +270,7 @@ def main(cfg: Config) -> None:
                 **hub,
             )
             check_index_factory(cfg.index_factory, model.dim)
+            processes.say(f"computing in {str(dtype).removeprefix('torch.')} on {device.type}")
             reranker = None
             if cfg.reranker is not None:
                 reranker = Reranker(
@@ -346,7 +348,7 @@ def main(cfg: Config) -> None:
             targets, pool, choice, lambda which, k: search(index, q_emb[which], k), cfg.search_batch_size
         )
         if reranker is not None:
-            rankings = rerank(reranker, targets, rankings, pool, progress=processes.shows_bars)
+            rankings = rerank(reranker, targets, rankings, pool, show_progress=processes.rank == 0)
         own = score([(row, text) for row, target in enumerate(targets) for text in (*target.positives, *target.kept)])
         parts = np.split(own, np.cumsum([len(target.positives) + len(target.kept) for target in targets])[:-1])
         pos_scores = [part[: len(target.positives)].tolist() for part, target in zip(parts, targets, strict=True)]
@@ -358,13 +360,11 @@ def main(cfg: Config) -> None:
         return mined, dropped + more
 
     # ---- mine, chunk by chunk
-    from tqdm import tqdm
-
     starts = range(0, len(rows), ROWS_PER_CHUNK)
     pending = [number for number in range(len(starts)) if not os.path.exists(part_name(work, number))]
     processes.wait()  # all have seen what is missing before one writes
     counters = SharedCounters("chunks", processes.world > 1)
-    with user_errors(), tqdm(total=len(pending), desc="mining", unit="chunk", disable=not processes.shows_bars) as bar:
+    with user_errors(), progress(len(pending), "mining", "chunk", shown=processes.rank == 0) as bar:
         for number in counters.share(pending):
             start = starts[number]
             chunk = [rows[i] for i in range(start, min(start + ROWS_PER_CHUNK, len(rows)))]
@@ -417,8 +417,6 @@ def embed_pool(
 
     A shard is encoded alike by any process, so the embeddings do not depend on how many there are.
     """
-    from tqdm import tqdm
-
     from bge_accel.encoding import encode_to_store
 
     with ExitStack() as alone:
@@ -434,7 +432,7 @@ def embed_pool(
         processes.wait()  # all have seen what is missing before one writes
         counters = SharedCounters("pool", processes.world > 1)
         total = sum(stop - start for start, stop in map(manifest.rows_of, missing))
-        with tqdm(total=total, desc="encoding the pool", unit="text", disable=not processes.shows_bars) as bar:
+        with progress(total, "encoding the pool", "text", shown=processes.rank == 0) as bar:
             encode_to_store(
                 model,
                 folder,
@@ -449,7 +447,7 @@ def embed_pool(
 
 
 def rerank(
-    reranker: Any, targets: Sequence[Target], rankings: Sequence[Ranking], pool: TextPool, *, progress: bool
+    reranker: Any, targets: Sequence[Target], rankings: Sequence[Ranking], pool: TextPool, *, show_progress: bool
 ) -> list[Ranking]:
     """The same candidates with the cross-encoder's scores; pairs of all rows are scored together."""
     pairs = (
@@ -458,7 +456,7 @@ def rerank(
         for index in ranking.indices.tolist()
     )
     ends = np.cumsum([len(ranking.indices) for ranking in rankings])
-    scores = reranker.score(pairs, total=int(ends[-1]), progress=progress)
+    scores = reranker.score(pairs, total=int(ends[-1]), show_progress=show_progress)
     parts = np.split(scores, ends[:-1])
     return [Ranking(ranking.indices, part) for ranking, part in zip(rankings, parts, strict=True)]
 

@@ -30,6 +30,7 @@ from bge_accel.jobs import (
     leave_processes,
     new_row,
     open_work,
+    progress,
     rounded,
     warn,
 )
@@ -118,7 +119,6 @@ def main(cfg: Config) -> None:
     processes.say(f"{len(rows):,} rows, {num_texts:,} pairs to score")
 
     import torch
-    from tqdm import tqdm
 
     from bge_accel.encoding import tokenizer_digest, weights_digest
     from bge_accel.model import instruction_prefix
@@ -138,6 +138,7 @@ def main(cfg: Config) -> None:
         dtype, warning = resolve_dtype(cfg.use_fp16 is not False and not cfg.use_bf16, cfg.use_bf16, device)
         if warning and (cfg.use_fp16 or cfg.use_bf16):
             warn(warning)
+        processes.say(f"computing in {str(dtype).removeprefix('torch.')} on {device.type}")
         reranker = Reranker(
             cfg.reranker_name_or_path,
             device=device,
@@ -167,7 +168,7 @@ def main(cfg: Config) -> None:
     parts = [os.path.join(work, f"part-{number:07d}") for number in range(len(starts))]
     own = list(zip(parts, starts, strict=True))[processes.rank :: processes.world]
     with user_errors():
-        for part, start in tqdm(own, desc="scoring", unit="chunk", disable=not processes.shows_bars):
+        for part, start in progress(len(own), "scoring", "chunk", shown=processes.rank == 0, iterable=own):
             if os.path.exists(part):
                 continue
             chunk = [rows[i] for i in range(start, min(start + ROWS_PER_CHUNK, len(rows)))]

@@ -9,6 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bge_accel.batching import make_token_batch
 from bge_accel.flops import PEAK_TFLOPS, flops_per_token, peak_flops
+from bge_accel.last_layer import unused_linears
 from bge_accel.model import load_encoder
 
 
@@ -34,8 +35,22 @@ def test_as_many_as_torch_counts(tiny_model: str) -> None:
         if name.endswith(".pooler")
         for flops in of_module.values()
     )
-    per_token, per_pair = flops_per_token(encoder.backbone)
+    per_token, per_pair = flops_per_token(encoder)
     assert per_token * batch.num_tokens + per_pair * batch.num_token_pairs == pytest.approx(counted - pooler, rel=1e-6)
+
+
+def test_what_is_computed_once_a_text_is_left_out(tiny_model: str) -> None:
+    """Beside torch's count of the products with weights; the fused attention it does not count."""
+    encoder = load_encoder(tiny_model, pooling="cls")[0]
+    ids = torch.full((3, 50), 7)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
+    counts = {name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()}
+    counted = counts["Global"] - sum(count for name, count in counts.items() if name.endswith(".pooler"))
+    once = 2 * sum(module.weight.numel() for module in unused_linears(encoder.backbone))
+    per_token, per_pair = flops_per_token(encoder)
+    assert per_token * 150 + once * 3 == counted and once * 3 < 0.02 * counted
+    assert per_pair == 4 * 1 * 32  # of one of the two layers
 
 
 def test_no_peak_for_a_cpu() -> None:

@@ -112,7 +112,8 @@ def files(tmp_path):
         }  # fmt: skip
         rows.append(row)
         if step % 10 == 0:
-            measured = {"nDCG@1": 0.1, "nDCG@10": step / 100, "Recall@100": step / 50}
+            measured = {"nDCG@1": 0.1, "nDCG@10": step / 100, "Recall@100": step / 50, "P@10": 0.1}
+            measured["Capped_Recall@10"] = 0.5
             rows.append({"step": step, "eval": {"dev": measured}, "eval_seconds": 1.5})
     (run / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "rows.jsonl").write_text('{"query": "a training query", "pos": ["its passage"], "neg": ["another"]}\n')
@@ -142,11 +143,12 @@ def test_the_page_of_a_training_run(run_script, files):
     page = parse(html)
     titles = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
     assert titles[:6] == ["Loss", "In-batch accuracy", "Similarity", "Learning rate", "Gradient norm", "Throughput"]
-    for title in ("Loss by source", "Metrics: eval/dev", "nDCG by cut-off", "Scores: one", "Scores: tuned"):
+    for title in ("Loss by source", "Metrics: eval/dev", "nDCG by cut-off", "Scores: org/one", "Scores: tuned"):
         assert title in titles
+    assert sum(title.startswith("Metrics") for title in titles) == 1 and "Capped" not in " ".join(titles)
     text = " ".join(page.texts)
     for shown in (
-        "fine-tuned from bge-small-en-v1.5", "a training query", "nDCG@10", "Recall@100", "gained query", "0.0003",
+        "fine-tuned from BAAI/bge-small-en-v1.5", "a training query", "nDCG@10", "Recall@100", "gained query", "0.0003",
         "<b>who</b> & why", "one.json", "positives (12)", "not found → 1",
     ):  # fmt: skip
         assert shown in text, shown

@@ -180,19 +180,29 @@ def measure_limit(name: str, model: str, device: str) -> float:
 # ---- comparisons
 
 
+# Name, tokens of a passage at most, whether all are as long, pooling, title.
+TRAININGS = (
+    ("demo", 256, False, "mean", "demonstration's data"),
+    ("equal", 128, True, "mean", "equal lengths"),
+    ("cls demo", 256, False, "cls", "demonstration's data, CLS pooling"),
+    ("cls long", 512, False, "cls", "demonstration's data up to 512 tokens, CLS pooling"),
+    ("cls equal", 128, True, "cls", "equal lengths, CLS pooling"),
+)
+
+
 def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterator[Comparison]:
     every = {"bge_accel": {}, "FlagEmbedding": {}, "sentence-transformers": {}}
     for precision, tolerance in (("fp32", 1e-3), ("bf16", 3e-2)):
-        for equal in (False, True):
-            what = "equal lengths" if equal else "demonstration's data"
-            lengths = (128, 128) if equal else (64, 256)
-            name = f"train,{precision},{'equal' if equal else 'demo'}"
+        for what, longest, equal, pooling, title in TRAININGS:
+            lengths = (128, 128) if equal else (64, longest)
+            name = f"train,{precision},{what}"
             batch = data.batch(name, 16, 4, lengths, equal)
-            batch["job"] |= {"task": "train", "precision": precision, "steps": 2}
+            batch["job"] |= {"task": "train", "precision": precision, "steps": 2, "pooling": pooling}
+            with_pure = precision == "bf16" and pooling == "mean"
             yield Comparison(
                 name=name,
-                title=f"training step, {precision}, 16 x (1 + 4), {what}",
-                tools=every if precision == "fp32" else {**every, "bge_accel --pure_bf16": {"flag": "--pure_bf16"}},
+                title=f"training step, {precision}, 16 x (1 + 4), {title}",
+                tools={**every, "bge_accel --pure_bf16": {"flag": "--pure_bf16"}} if with_pure else every,
                 tolerance=tolerance,
                 limit=f"step {precision}",
                 **batch,
@@ -202,7 +212,11 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
     yield Comparison(
         name="large batch",
         title="training step, fp32, 2,048 x (1 + 1) of at most 32 tokens; sentence-transformers with its cached loss",
-        tools={"bge_accel": {}, "sentence-transformers": {"mini_batch_size": 64}},
+        tools={
+            "bge_accel": {},
+            "bge_accel --activation_memory_budget 0": {"flag": "--activation_memory_budget=0"},
+            "sentence-transformers": {"mini_batch_size": 64},
+        },
         tolerance=1e-3,
         limit="step fp32",
         **batch,
@@ -276,6 +290,7 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
 def settings(num_queries: int, group_size: int, lengths: tuple[int, int]) -> dict[str, Any]:
     """Of a training, in every tool; `lengths` are those of queries and of passages."""
     job = {"batch_size": num_queries, "train_group_size": group_size, "temperature": 0.05, "mini_batch_size": None}
+    job["pooling"] = "mean"
     return job | {"query_max_len": lengths[0], "passage_max_len": lengths[1]}
 
 

@@ -72,7 +72,7 @@ def main(cfg: Config) -> None:
     first = next(iter(models.values()))
     length = min(cfg.max_length, first.max_length)
     lengths = np.array([len(ids) for ids in tokenize(first.tokenizer, texts, length)])
-    per_token, per_pair = flops_per_token(first.encoder.backbone)
+    per_token, per_pair = flops_per_token(first.encoder)
     num_tokens = int(lengths.sum())
     work = per_token * num_tokens + per_pair * float((lengths.astype(np.float64) ** 2).sum())
     print(

@@ -44,7 +44,7 @@ def common_flags(job: dict) -> list[str]:
         "per_device_train_batch_size": job["batch_size"],
         "max_steps": job["steps"] + 1,
         "learning_rate": 1e-12,  # all steps and tools have to see the same loss
-        "sentence_pooling_method": "mean",
+        "sentence_pooling_method": job["pooling"],
         "normalize_embeddings": True,
         "logging_steps": 1,
         "save_strategy": "no",
@@ -56,8 +56,8 @@ def common_flags(job: dict) -> list[str]:
 def run_training(job: dict) -> list[tuple[float, float, float]]:
     """When each step ended (seconds since the epoch), its seconds and its loss."""
     if job["tool"].startswith("bge_accel"):
-        bf16 = [job.get("flag", "--bf16")] if job["precision"] == "bf16" else []
-        run_script([str(SCRIPTS / "finetune.py"), *common_flags(job), *bf16])
+        flags = [job["flag"]] if "flag" in job else ["--bf16"] if job["precision"] == "bf16" else []
+        run_script([str(SCRIPTS / "finetune.py"), *common_flags(job), *flags])
         log = os.path.join(job["output_dir"], "train_log.jsonl")
         written = os.stat(log).st_mtime  # with the last step's line
         return [(written, job["batch_size"] / line["queries_per_second"], line["loss"]) for line in read_lines(log)]
@@ -106,12 +106,14 @@ def train_sentence_transformers(job: dict, is_bf16: bool) -> None:
         SentenceTransformerTrainingArguments,
     )
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+    from sentence_transformers.models import Pooling
 
     rows = read_lines(job["train_data"])
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
     columns |= {f"negative_{i}": [row["neg"][i] for row in rows] for i in range(job["train_group_size"] - 1)}
     model = SentenceTransformer(job["model_name_or_path"], device="cpu" if job["use_cpu"] else None)
     model.max_seq_length = job["passage_max_len"]
+    model[1] = Pooling(model[1].embedding_dimension, pooling_mode=job["pooling"])
     scale = 1 / job["temperature"]
     loss: Any = (
         CachedMultipleNegativesRankingLoss(model, scale=scale, mini_batch_size=job["mini_batch_size"])
