@@ -30,7 +30,7 @@ test: install
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadgroup
 
 # PyPI's torch is a CUDA build of gigabytes; TORCH=torch==2.13.0 takes another version into both environments, where that
 # is at hand as a CPU build. Its lower end, 2.11, is the default only for the lowest.

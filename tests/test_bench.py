@@ -52,12 +52,12 @@ def test_the_committed_tables_are_made_of_the_committed_figures() -> None:
 @pytest.mark.slow
 def test_measures_and_writes(tmp_path: Path) -> None:
     """Two comparisons for real; sentence-transformers is in this environment, FlagEmbedding is left out."""
-    args = ["--peers_python", sys.executable, "--rounds", 1, "--only", "loss", "mine", "--output_dir", tmp_path]
+    args = ["--peers_python", sys.executable, "--rounds", 1, "--only", "loss", "first", "--output_dir", tmp_path]
     assert "FlagEmbedding is not installed" in bench(*args).stderr
     content = json.loads((tmp_path / "benchmarks.json").read_text())
-    mined, loss = content["comparisons"]
-    assert set(mined["tools"]) == {"bge_accel", "sentence-transformers"} and loss["agree"]
-    assert all(len(tool["samples"]) == 1 and tool["seconds"] > 0 for tool in mined["tools"].values())
+    loss, first = content["comparisons"]
+    assert set(first["tools"]) == {"bge_accel", "sentence-transformers"} and loss["agree"]
+    assert all(len(tool["samples"]) == 1 and tool["seconds"] > 0 for tool in first["tools"].values())
     # The plain loss holds the matrix of scores and its gradient: 0.5 GB each.
     assert loss["tools"]["plain torch"]["megabytes"] > loss["tools"]["bge_accel"]["megabytes"] + 500
     assert 0 < loss["tools"]["bge_accel"]["share"] < 1.5
@@ -65,4 +65,4 @@ def test_measures_and_writes(tmp_path: Path) -> None:
     again = ["--peers_python", sys.executable, "--rounds", 1, "--only", "merge", "--output_dir", tmp_path]
     bench(*again)  # adds to what is there
     names = [found["name"] for found in json.loads((tmp_path / "benchmarks.json").read_text())["comparisons"]]
-    assert names == ["mine", "loss", "merge"]
+    assert names == ["loss", "merge", "first step"]

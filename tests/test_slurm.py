@@ -22,6 +22,7 @@ SEARCH_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
 MISSING = [name for name in (*DAEMONS, "sbatch") if shutil.which(name, path=SEARCH_PATH) is None]
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("slurm"),  # one cluster
     pytest.mark.skipif(bool(MISSING), reason="SLURM is not installed: apt-get install slurm-wlm munge"),
     pytest.mark.skipif(os.geteuid() != 0, reason="only root can start SLURM's daemons"),
 ]
