@@ -29,6 +29,7 @@ from bge_accel.store import (
     prepare_store,
     writing,
 )
+from bge_accel.transfer import encoder_inputs, to_device, to_host
 
 T = TypeVar("T")
 
@@ -179,11 +180,13 @@ def encode_windows(
             error = None
             try:
                 with torch.inference_mode(), packed.used_for(batch.num_tokens):
-                    inputs = unpadded.pack(**micro_batch, config=config) if is_unpadded else micro_batch
-                    inputs = {
-                        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                        for name, value in inputs.items()
-                    }
+                    if is_unpadded:
+                        packed_batch = unpadded.pack(**micro_batch, config=config)
+                        longest = packed_batch.pop("longest")
+                        inputs = {name: to_device(value, device) for name, value in packed_batch.items()}
+                        inputs["longest"] = longest
+                    else:
+                        inputs = encoder_inputs(micro_batch, device)
                     parts.append(encoder(**inputs).float())
             except (RuntimeError, MemoryError) as raised:
                 if rows == 1 or not is_out_of_memory(raised):
@@ -206,7 +209,7 @@ def encode_windows(
         counts.num_tokens += batch.num_tokens
         counts.num_truncated += num_truncated
         # Moved at the end of a window and not after each micro-batch, for which a GPU would have to stop.
-        leaving = _to_host(torch.cat(parts)[batch.restore.to(device)])
+        leaving = to_host(torch.cat(parts)[to_device(batch.restore, device)])
         if waiting is not None:
             yield waiting[0], waiting[1]()
         waiting = key, leaving
@@ -220,23 +223,6 @@ def encode_windows(
 def _is_late(device: torch.device) -> bool:
     """Whether what a device computes comes after the call that asks for it."""
     return device.type == "cuda"
-
-
-def _to_host(embeddings: torch.Tensor) -> Callable[[], np.ndarray]:
-    """Begins to move embeddings to the host; the function that it returns waits until they are there."""
-    if embeddings.device.type != "cuda":
-        moved = embeddings.cpu().numpy()
-        return lambda: moved
-    pinned = torch.empty(embeddings.shape, dtype=embeddings.dtype, pin_memory=True)
-    pinned.copy_(embeddings, non_blocking=True)
-    is_there = torch.cuda.Event()
-    is_there.record(torch.cuda.current_stream(embeddings.device))
-
-    def wait() -> np.ndarray:
-        is_there.synchronize()
-        return pinned.numpy()
-
-    return wait
 
 
 def _halves(rows: int) -> tuple[slice, slice]:

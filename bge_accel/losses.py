@@ -78,14 +78,15 @@ def contrastive_loss(
         elif num_queries * num_passages <= max_scores:
             nll, positive, hardest = _plain_nll(q_emb @ p_emb.T, own[:, 0], temperature, masked)
         else:
-            nll, positive, hardest = _TiledNLL.apply(q_emb, p_emb, own[:, 0], temperature, masked, max_scores)
+            tiles = _Tiles(num_queries, num_passages, masked, max_scores, first_query, group_size)
+            nll, positive, hardest = _TiledNLL.apply(q_emb, p_emb, temperature, tiles)
         if teacher_scores is not None:
             teacher = teacher_scores.to(dtype).softmax(-1)
             nll = nll - ((group / temperature).log_softmax(-1) * teacher).sum(-1)
         loss = nll.mean()
         with torch.no_grad():
             met = hardest.isfinite()  # a query may meet no negative at all
-            hardest_mean = hardest[met].mean() if met.any() else hardest.new_tensor(float("nan"))
+            hardest_mean = hardest.where(met, 0).sum() / met.sum()
             correct = positive > hardest
     accuracy = correct.to(dtype).mean()
     return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean, nll.detach(), correct)
@@ -95,7 +96,7 @@ def _plain_nll(
     similarities: torch.Tensor, target: torch.Tensor, temperature: float, masked: Pairs | None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Negative log-likelihood, positive and hardest negative similarity of each query, from the whole matrix."""
-    minus_infinity = similarities.new_tensor(-torch.inf)
+    minus_infinity = similarities.new_full((), -torch.inf)
     if masked is not None:
         similarities = similarities.index_put(masked, minus_infinity)
     nll = F.cross_entropy(similarities / temperature, target, reduction="none")
@@ -115,30 +116,27 @@ class _TiledNLL(torch.autograd.Function):
         ctx: Any,
         q_emb: torch.Tensor,
         p_emb: torch.Tensor,
-        target: torch.Tensor,
         temperature: float,
-        masked: Pairs | None,
-        max_scores: int,
+        tiles: "_Tiles",
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        tiles = _Tiles(len(q_emb), len(p_emb), masked, max_scores)
         lse = q_emb.new_full((len(q_emb),), -torch.inf)
         positive, hardest = torch.empty_like(lse), lse.clone()
         for rows, columns, pairs in tiles:
             scores = q_emb[rows] @ p_emb[columns].T
             scores[pairs] = -torch.inf
-            at, inside = _targets_in(target[rows], columns)
+            inside, at = tiles.targets(rows, columns, q_emb.device)
             positive[rows][inside] = scores[inside, at]
             lse[rows] = torch.logaddexp(lse[rows], (scores / temperature).logsumexp(1))
             scores[inside, at] = -torch.inf
             hardest[rows] = torch.maximum(hardest[rows], scores.amax(1))
-        ctx.save_for_backward(q_emb, p_emb, target, lse)
+        ctx.save_for_backward(q_emb, p_emb, lse)
         ctx.temperature, ctx.tiles = temperature, tiles
         ctx.mark_non_differentiable(positive, hardest)
         return lse - positive / temperature, positive, hardest
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
-        q_emb, p_emb, target, lse = ctx.saved_tensors
+        q_emb, p_emb, lse = ctx.saved_tensors
         weight = grads[0] / ctx.temperature
         q_grad, p_grad = torch.zeros_like(q_emb), torch.zeros_like(p_emb)
         with torch.autocast(q_emb.device.type, enabled=False):
@@ -147,24 +145,26 @@ class _TiledNLL(torch.autograd.Function):
                 scores[pairs] = -torch.inf
                 # Gradient of the scores: soft-max minus one at the target, times the incoming gradient.
                 scores.div_(ctx.temperature).sub_(lse[rows, None]).exp_()
-                at, inside = _targets_in(target[rows], columns)
-                scores[inside, at] -= 1
+                scores[ctx.tiles.targets(rows, columns, scores.device)] -= 1
                 scores.mul_(weight[rows, None])
                 q_grad[rows].addmm_(scores, p_emb[columns])
                 p_grad[columns].addmm_(scores.T, q_emb[rows])
-        return q_grad, p_grad, None, None, None, None
-
-
-def _targets_in(target: torch.Tensor, columns: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """(columns, rows) within a tile of the targets that lie in it."""
-    inside = ((target >= columns.start) & (target < columns.stop)).nonzero().squeeze(1)
-    return target[inside] - columns.start, inside
+        return q_grad, p_grad, None, None
 
 
 class _Tiles:
     """Row and column slices that cover the scores, each with the masked pairs inside it (counted from its corner)."""
 
-    def __init__(self, num_rows: int, num_columns: int, masked: Pairs | None, max_scores: int) -> None:
+    def __init__(
+        self,
+        num_rows: int,
+        num_columns: int,
+        masked: Pairs | None,
+        max_scores: int,
+        first_query: int,
+        group_size: int,
+    ) -> None:
+        self.first_query, self.group_size = first_query, group_size
         width = max(1, min(num_columns, math.isqrt(max_scores) * 2))
         height = max(1, min(num_rows, max_scores // width))
         self.slices = [
@@ -180,6 +180,14 @@ class _Tiles:
             self.masked = row[order] % height, column[order] % width
             edges = torch.arange(len(self.slices) + 1, device=tile.device)
             self.starts = torch.searchsorted(tile[order], edges).tolist()
+
+    def targets(self, rows: slice, columns: slice, device: torch.device) -> Pairs:
+        """(rows, columns) within a tile of the targets that lie in it; reckoned here, so that no GPU is asked."""
+        group, first = self.group_size, self.first_query
+        start = max(rows.start, -(-columns.start // group) - first)
+        stop = max(start, min(rows.stop, -(-columns.stop // group) - first))
+        inside = torch.arange(start, stop, device=device)
+        return inside - rows.start, (inside + first) * group - columns.start
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Pairs]]:
         nothing = torch.empty(0, dtype=torch.int64)

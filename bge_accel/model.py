@@ -113,14 +113,22 @@ class Encoder(torch.nn.Module):
         return self._knows_tokens and last_layer.can_choose(self.config)
 
     def forward(
-        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **packed: Any
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        is_padded: bool | None = None,
+        **packed: Any,
     ) -> torch.Tensor:
         """(n, length) token ids and mask to (n, dim) embeddings, pooled and normalised in float32 or better.
 
         Args:
+            is_padded: whether the mask leaves anything out, where that is known; else a GPU is waited for to tell.
             packed: instead of the mask, what `unpadded.pack` gives, after `unpadded.use_kernel`.
         """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **packed}
+        mask = attention_mask
+        if mask is not None and is_padded is not None and last_layer.can_choose(self.config):
+            mask = mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1) if is_padded else None
+        inputs = {"input_ids": input_ids, "attention_mask": mask, **packed}
         if self.pools_one_token:
             if attention_mask is not None:
                 inputs["pooled_tokens"] = pooled_tokens(attention_mask, self.pooling)

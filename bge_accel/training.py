@@ -13,6 +13,7 @@ from typing import TypeVar
 import torch
 
 from bge_accel.batching import TokenBatch
+from bge_accel.transfer import encoder_inputs, to_device
 
 Output = TypeVar("Output")
 
@@ -88,7 +89,8 @@ def embed_and_backward(
     """Adds the gradient of a loss on the embeddings of a batch to the encoder's parameters.
 
     Args:
-        encoder: maps `input_ids` and `attention_mask` to embeddings (texts, dim); may be wrapped by DDP or sharded.
+        encoder: maps `input_ids`, `attention_mask` and `is_padded` to embeddings (texts, dim); may be wrapped by DDP or
+            sharded.
         loss_fn: from the embeddings (num_texts, dim), in the order of the texts, to (loss, anything to return).
         activations: which graphs are kept; the rest is recomputed, with the same dropout. The gradient is the same.
             By default all are kept.
@@ -100,7 +102,7 @@ def embed_and_backward(
     """
     activations = activations or ActivationBudget()
     assert backward is None or activations.max_bytes == 0
-    inputs = [{name: tensor.to(device, non_blocking=True) for name, tensor in mb.items()} for mb in batch.micro_batches]
+    inputs = [encoder_inputs(micro_batch, device) for micro_batch in batch.micro_batches]
     sizes = [mb["input_ids"].numel() for mb in inputs]
 
     states, embeddings = [], []
@@ -126,7 +128,7 @@ def embed_and_backward(
 
     together = torch.cat([*embeddings, *(emb.detach() for emb in kept)])
     del embeddings
-    restore = batch.restore.to(device)
+    restore = to_device(batch.restore, device)
     leaf = together[restore].requires_grad_()
     loss, output = loss_fn(leaf)
     scale_loss(loss).backward()

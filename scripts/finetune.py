@@ -25,7 +25,7 @@ import resource
 import shutil
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -472,6 +472,7 @@ def main(cfg: Config) -> None:
     from bge_accel.precision import choose_precision
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
+    from bge_accel.transfer import to_device, to_host
     from bge_accel.validation import EncodingSettings, evaluate_in_training
 
     # ---- accelerator
@@ -968,7 +969,7 @@ def main(cfg: Config) -> None:
 
     # ---- the loop
     bar = progress(num_steps, "training", "step", shown=is_main and not cfg.disable_tqdm, initial=step)
-    window, stopped = Window(len(feeds)), False
+    window, stopped, unchecked = Window(len(feeds), device), False, None
     if cfg.eval_on_start and step == 0:
         measure(step)
     for index, batch in enumerate(prefetch(batches(first_batch)) if step < num_steps else (), start=first_batch):
@@ -991,28 +992,28 @@ def main(cfg: Config) -> None:
             emb: torch.Tensor, batch: Batch = batch, feed: Feed = feed, num_queries: int = num_queries
         ) -> tuple[Any, Any]:
             q_emb, p_emb = emb[:num_queries], emb[num_queries:]
-            passage_ids = torch.tensor([i for example in batch.examples for i in example.passage_ids], device=device)
+            passage_ids = np.array([i for example in batch.examples for i in example.passage_ids], dtype=np.int64)
             first_query = 0
             if cfg.negatives_cross_device and feed.in_batch_negatives:
-                p_emb, passage_ids = gather_with_grad(p_emb), gather(passage_ids)
-                first_query = rank * num_queries
+                p_emb, first_query = gather_with_grad(p_emb), rank * num_queries
+                if world > 1 and cfg.mask_false_negatives:
+                    passage_ids = gather(torch.from_numpy(passage_ids).to(device)).cpu().numpy()
             masked = None
             if cfg.mask_false_negatives:
                 pairs = known_positive_pairs(
                     [example.known_ids for example in batch.examples],
-                    passage_ids.cpu().numpy(),
+                    passage_ids,
                     group_size=feed.group_size,
                     first_query=first_query,
                 )
-                masked = torch.from_numpy(pairs[0]).to(device), torch.from_numpy(pairs[1]).to(device)
                 if not feed.in_batch_negatives:  # other groups' passages are not met anyway
-                    own = masked[1] // feed.group_size == masked[0]
-                    masked = masked[0][own], masked[1][own]
+                    own = pairs[1] // feed.group_size == pairs[0]
+                    pairs = pairs[0][own], pairs[1][own]
+                masked = to_device(torch.from_numpy(pairs[0]), device), to_device(torch.from_numpy(pairs[1]), device)
             teacher = None
             if cfg.knowledge_distillation:
-                teacher = torch.tensor(
-                    np.array([example.teacher_scores for example in batch.examples], dtype=np.float32), device=device
-                )
+                scores = np.array([example.teacher_scores for example in batch.examples], dtype=np.float32)
+                teacher = to_device(torch.from_numpy(scores), device)
             output = contrastive_loss(
                 q_emb,
                 p_emb,
@@ -1040,12 +1041,9 @@ def main(cfg: Config) -> None:
             backward=deepspeed_backward(engine) if is_deepspeed else None,
             last=last,
         )
-        if not math.isfinite(output.loss.item()):
-            places = ", ".join(example.rows.place(example.row) for example in batch.examples)
-            raise RuntimeError(
-                f"step {step + 1}: the loss is {output.loss.item()} on the rows {places}; lower --learning_rate, or "
-                "look at these rows"
-            )
+        if unchecked is not None:
+            unchecked.check()
+        unchecked = StepLoss(to_host(output.loss), step + 1, batch)
         window.add(output, num_masked, batch)
         if half is not None and (last or world == 1):  # before, other processes' parts are still missing
             half.move_gradients()
@@ -1079,7 +1077,14 @@ def main(cfg: Config) -> None:
         if skips and not is_end and not stopped:
             continue
         epoch = max(batch.passes) if cfg.streaming else (index + 1) * per_batch / num_rows
+        epoch_done = int(epoch)
         logged = step % cfg.logging_steps == 0 or (step == 1 and cfg.logging_first_step)
+        measured_now = best is not None and not skips and step % cfg.eval_steps == 0 and not stopped
+        due = (cfg.save_strategy == "steps" and step % cfg.save_steps == 0) or (
+            cfg.save_strategy == "epoch" and epoch_done > saved_epoch
+        )
+        if logged or measured_now or due or is_end or stopped:
+            unchecked.check()
         if (logged and not skips) or is_end:
             record = {
                 "step": step,
@@ -1090,7 +1095,7 @@ def main(cfg: Config) -> None:
                 "memory_gb": peak_memory_gb(device),
                 "skipped_steps": skipped,
             }
-            window = Window(len(feeds))
+            window = Window(len(feeds), device)
             say(log_line(record, num_steps))
             if log_file is not None:
                 with saving_errors(step):
@@ -1101,17 +1106,13 @@ def main(cfg: Config) -> None:
                 for name, of_source in record.get("sources", {}).items():
                     figures |= {f"{key}/{name}": value for key, value in of_source.items()}
                 accelerator.log(figures, step=step)
-        if best is not None and not skips and step % cfg.eval_steps == 0 and not stopped:
+        if best is not None and measured_now:
             measure(step)
             if cfg.early_stopping_patience is not None and best.waited >= cfg.early_stopping_patience and not is_end:
                 say(
                     f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}"
                 )
                 is_end = True
-        epoch_done = int(epoch)
-        due = (cfg.save_strategy == "steps" and step % cfg.save_steps == 0) or (
-            cfg.save_strategy == "epoch" and epoch_done > saved_epoch
-        )
         if (due and not is_end) or stopped:
             saved_epoch = epoch_done
             with saving_errors(step):
@@ -1119,6 +1120,8 @@ def main(cfg: Config) -> None:
         if is_end or stopped:
             break
     bar.close()
+    if unchecked is not None:
+        unchecked.check()
     if best is not None and not stopped and best.last_step != step:
         measure(step)
 
@@ -1181,28 +1184,52 @@ def whole(norm: Any) -> float | None:
     return None if norm is None else float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
-class Window:
-    """What happened since the last log line, on this process."""
+class StepLoss(NamedTuple):
+    """The loss of a step, looked at when the next has begun, so that a GPU is not waited for."""
 
-    def __init__(self, num_sources: int) -> None:
+    loss: Callable[[], np.ndarray]
+    step: int
+    batch: Batch
+
+    def check(self) -> None:
+        """Raises RuntimeError where it is no number."""
+        if math.isfinite(loss := self.loss().item()):
+            return
+        places = ", ".join(example.rows.place(example.row) for example in self.batch.examples)
+        raise RuntimeError(
+            f"step {self.step}: the loss is {loss} on the rows {places}; lower --learning_rate, or look at these rows"
+        )
+
+
+class Window:
+    """What happened since the last log line, on this process. Its sums stay on the device until they are asked for."""
+
+    def __init__(self, num_sources: int, device: Any) -> None:
+        import torch
+
         self.start = time.perf_counter()
-        self.of_sources = np.zeros((num_sources, 3))
+        self.sums = torch.zeros(4, device=device)
+        """Loss, accuracy, similarity of the positives, of the hardest negatives."""
+        self.of_sources = torch.zeros(num_sources, 3, device=device)
         """Queries, sum of their losses, and how many have their positive first."""
-        self.sums = dict.fromkeys(("batches", "loss", "accuracy", "positive", "negative", "masked"), 0.0)
-        self.counts = dict.fromkeys(("queries", "tokens", "padding", "token_pairs"), 0)
+        self.counts = np.zeros(6)
+        """Batches, masked scores, queries, tokens, padding, pairs of tokens."""
 
     def add(self, output: Any, num_masked: int, batch: Batch) -> None:
+        import torch
+
+        from bge_accel.transfer import to_device
+
         tokens, num_queries = batch.tokens, len(batch.examples)
         if len(self.of_sources) > 1:
-            figures = np.stack([np.ones(num_queries), output.query_losses.cpu(), output.query_correct.cpu()], axis=1)
-            np.add.at(self.of_sources, batch.sources, figures)
+            sources = to_device(torch.tensor(batch.sources), self.sums.device)
+            found = output.query_losses, output.query_correct
+            figures = torch.stack([torch.ones_like(found[0]), *found], dim=1).float()
+            self.of_sources.index_add_(0, sources, figures)
         figures = output.loss, output.accuracy, output.positive_similarity, output.hardest_negative_similarity
-        values = [1, *(figure.item() for figure in figures), num_masked]
-        for name, value in zip(self.sums, values, strict=True):
-            self.sums[name] += 0.0 if math.isnan(value) else value  # no query may have met a negative
-        counts = num_queries, tokens.num_tokens, tokens.num_padding, tokens.num_token_pairs
-        for name, count in zip(self.counts, counts, strict=True):
-            self.counts[name] += count
+        self.sums += torch.stack([figure.detach() for figure in figures]).nan_to_num(0)  # a query may meet no negative
+        counts = 1, num_masked, num_queries, tokens.num_tokens, tokens.num_padding, tokens.num_token_pairs
+        self.counts += counts
 
     def summary(self, accelerator: Any, names: list[str], work: tuple[float, float]) -> dict[str, Any]:
         """Means and rates over all processes; where there are several sources, also of each that occurred.
@@ -1214,10 +1241,10 @@ class Window:
 
         from bge_accel.flops import peak_flops
 
-        local = [*self.sums.values(), *self.counts.values(), *self.of_sources.ravel()]
-        reduced = torch.tensor(local, dtype=torch.float32).to(accelerator.device)
-        values = accelerator.reduce(reduced, reduction="sum").tolist()
-        batches, loss, accuracy, positive, negative, masked, queries, tokens, padding, pairs = values[:10]
+        counts = torch.tensor(self.counts, dtype=torch.float32, device=accelerator.device)
+        local = torch.cat([counts, self.sums, self.of_sources.flatten()])
+        values = accelerator.reduce(local, reduction="sum").tolist()
+        batches, masked, queries, tokens, padding, pairs, loss, accuracy, positive, negative = values[:10]
         of_sources = {
             name: {"loss": total / count, "accuracy": correct / count, "queries": count}
             for name, (count, total, correct) in zip(names, np.reshape(values[10:], (-1, 3)).tolist(), strict=True)

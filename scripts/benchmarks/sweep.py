@@ -131,7 +131,7 @@ def main(cfg: Config) -> None:
     for name in ("first", *found["comparisons"]):
         score = found["systems"][name]["metrics"]["nDCG@10"]
         against = found["comparisons"].get(name, {}).get("metrics", {}).get("nDCG@10")
-        cells = f"{against['mean']:+.4f} | {against['low']:+.4f} to {against['high']:+.4f}" if against else " | "
+        cells = f"{against['difference']:+.4f} | {against['low']:+.4f} to {against['high']:+.4f}" if against else " | "
         print(f"| {name} | {score:.4f} | {cells} |")
 
 
