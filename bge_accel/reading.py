@@ -116,7 +116,7 @@ def near_path(path: str) -> str | None:
 
 def shown_name(path: str) -> str:
     """The last part of a model's path, or the last two where that says too little; a name on the hub as it is."""
-    is_path = os.path.isdir(path) or path.startswith((".", os.sep)) or path.count("/") > 1
+    is_path = os.path.isdir(path) or path.startswith((".", os.sep)) or path.rstrip("/").count("/") > 1
     if not is_path:
         return path
     parts = os.path.abspath(path).split(os.sep)

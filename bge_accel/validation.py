@@ -81,6 +81,7 @@ def encode_together(
 
     from bge_accel.batching import make_token_batch, split_micro_batches, tokenize
     from bge_accel.distributed import gather, largest
+    from bge_accel.transfer import encoder_inputs, to_device
 
     rank, world = rank_and_world()
     num_own = -(-len(texts) // world)
@@ -95,11 +96,8 @@ def encode_together(
             max_tokens=max_tokens,
         )
         batch = split_micro_batches(batch, largest(len(batch.micro_batches), device))
-        embedded = [
-            model(**{name: tensor.to(device) for name, tensor in micro_batch.items()}).float()
-            for micro_batch in batch.micro_batches
-        ]
-        local = torch.cat(embedded)[batch.restore.to(device)]
+        embedded = [model(**encoder_inputs(micro_batch, device)).float() for micro_batch in batch.micro_batches]
+        local = torch.cat(embedded)[to_device(batch.restore, device)]
         whole = gather(local).view(world, len(local), -1).transpose(0, 1)
         parts.append(whole.reshape(-1, local.shape[1]).cpu().numpy())
     return np.concatenate(parts)[: len(texts)]
