@@ -16,7 +16,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 def encoder_inputs(micro_batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
     """`input_ids` and `attention_mask` on a device, and whether there is any padding: here a look, there a wait."""
-    is_padded = not micro_batch["attention_mask"].numpy().all()
+    is_padded = not micro_batch["attention_mask"].cpu().numpy().all()
     return {name: to_device(tensor, device) for name, tensor in micro_batch.items()} | {"is_padded": is_padded}
 
 
