@@ -477,7 +477,7 @@ def test_no_alarm_on_the_demonstrations_mined_negatives(
     run_script(
         "mine_hard_negatives.py",
         *("--model_name_or_path", real_model, "--input_file", demo_data, "--output_file", mined),
-        *("--range_for_sampling", "5-50", "--negative_number", 3, "--max_length", 64),
+        *("--range_for_sampling", "5-50", "--negative_number", 3, "--max_length", 16),
         timeout=1200,
     )
     flags = demo_flags(real_model, mined, 64, group=2)
@@ -503,8 +503,10 @@ def test_foretold_memory_is_within_a_fifth_of_what_a_run_takes(
     ratios = {}
     for batch in (32, 64, 128):
         flags = demo_flags(real_model, demo_data, batch)
-        flags[flags.index("--max_steps") + 1] = "3"
-        foretold = json.loads(run("doctor.py", *flags, "--json", "-"))["forecast"]["peak_memory_gb"]
+        flags[flags.index("--max_steps") + 1] = "2"
+        foretold = json.loads(run("doctor.py", *flags, "--measure_steps", "2", "--json", "-"))["forecast"][
+            "peak_memory_gb"
+        ]
         run("finetune.py", *flags, "--logging_steps", "1")
         log = [json.loads(line) for line in open(tmp_path / f"tuned-{batch}" / "train_log.jsonl")]
         ratios[batch] = foretold / log[-1]["memory_gb"]
