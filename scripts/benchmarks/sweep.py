@@ -48,11 +48,8 @@ RUNS: dict[str, dict[str, object]] = {
     "learning rate 3e-5": {"learning_rate": 3e-5},
     "learning rate 3e-4": {"learning_rate": 3e-4},
     "steps 25": {"max_steps": 25},
-    "steps 100": {"max_steps": 100},
     "group 2, places 5-50": {"train_group_size": 2},
-    "group 4, places 5-50": {"train_group_size": 4},
     "instruction": {"query_instruction_for_retrieval": INSTRUCTION},
-    "length 32": {"passage_max_len": 32},
     "length 128": {"passage_max_len": 128},
 }
 
