@@ -123,7 +123,8 @@ class _TiledNLL(torch.autograd.Function):
         positive, hardest = torch.empty_like(lse), lse.clone()
         for rows, columns, pairs in tiles:
             scores = q_emb[rows] @ p_emb[columns].T
-            scores[pairs] = -torch.inf
+            if pairs is not None:
+                scores[pairs] = -torch.inf
             inside, at = tiles.targets(rows, columns, q_emb.device)
             positive[rows][inside] = scores[inside, at]
             lse[rows] = torch.logaddexp(lse[rows], (scores / temperature).logsumexp(1))
@@ -142,7 +143,8 @@ class _TiledNLL(torch.autograd.Function):
         with torch.autocast(q_emb.device.type, enabled=False):
             for rows, columns, pairs in ctx.tiles:
                 scores = q_emb[rows] @ p_emb[columns].T
-                scores[pairs] = -torch.inf
+                if pairs is not None:
+                    scores[pairs] = -torch.inf
                 # Gradient of the scores: soft-max minus one at the target, times the incoming gradient.
                 scores.div_(ctx.temperature).sub_(lse[rows, None]).exp_()
                 scores[ctx.tiles.targets(rows, columns, scores.device)] -= 1
@@ -189,10 +191,9 @@ class _Tiles:
         inside = torch.arange(start, stop, device=device)
         return inside - rows.start, (inside + first) * group - columns.start
 
-    def __iter__(self) -> Iterator[tuple[slice, slice, Pairs]]:
-        nothing = torch.empty(0, dtype=torch.int64)
+    def __iter__(self) -> Iterator[tuple[slice, slice, Pairs | None]]:
         for index, (rows, columns) in enumerate(self.slices):
-            pairs = (nothing, nothing)
+            pairs = None
             if self.masked is not None:
                 inside = slice(self.starts[index], self.starts[index + 1])
                 pairs = self.masked[0][inside], self.masked[1][inside]
