@@ -63,7 +63,9 @@ def step_cost(cfg: Config, gpus: int) -> Step:
     passages = cfg.queries * cfg.group_size
     tokens = cfg.queries * cfg.query_tokens + passages * cfg.passage_tokens
     pairs = cfg.queries * cfg.query_tokens**2 + passages * cfg.passage_tokens**2
-    encoder = 3 * (2 * 12 * layers * hidden**2 * tokens + 4 * layers * hidden * pairs) / (cfg.tflops * 1e12)
+    # 12 weight matrices of hidden x hidden a layer, of which the last applies two to every token, as BGE models pool by CLS.
+    weights = (12 * layers - 10) * hidden**2
+    encoder = 3 * (2 * weights * tokens + 4 * (layers - 1) * hidden * pairs) / (cfg.tflops * 1e12)
     # Local queries against all passages: once forward; scores again and two products backward.
     loss = 8 * cfg.queries * passages * gpus * hidden / (cfg.loss_tflops * 1e12)
     rate = (cfg.nvlink if gpus <= 8 else cfg.network) * 1e9
