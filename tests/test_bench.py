@@ -38,11 +38,15 @@ def test_other_tools_have_to_be_there(tmp_path: Path) -> None:
 
 def test_the_committed_tables_are_made_of_the_committed_figures() -> None:
     """And the README's table is the summary of these."""
-    content = json.loads((REPO / "docs" / "benchmarks.json").read_text())
     sys.path.insert(0, str(REPO / "scripts" / "benchmarks"))
     from bench import as_markdown, summary_table
 
+    intel, content = (json.loads((REPO / "docs" / f"benchmarks{of}.json").read_text()) for of in ("_intel", ""))
+    assert (REPO / "docs" / "benchmarks_intel.md").read_text() == as_markdown(intel)
     assert (REPO / "docs" / "benchmarks.md").read_text() == as_markdown(content)
+    ratios = [intel["comparisons"][1]["tools"][tool]["ratio"] for tool in ("FlagEmbedding", "sentence-transformers")]
+    for readme in ("README.md", "README.zh-CN.md"):
+        assert all(f"{ratio:.2f}" in (REPO / readme).read_text() for ratio in ratios)
     assert "\n".join(summary_table(content)) in (REPO / "README.md").read_text()
     chinese = (REPO / "README.zh-CN.md").read_text()
     for line in summary_table(content)[2:]:
