@@ -182,9 +182,10 @@ def encode_windows(
                 with torch.inference_mode(), packed.used_for(batch.num_tokens):
                     if is_unpadded:
                         packed_batch = unpadded.pack(**micro_batch, config=config)
-                        longest = packed_batch.pop("longest")
-                        inputs = {name: to_device(value, device) for name, value in packed_batch.items()}
-                        inputs["longest"] = longest
+                        inputs = {
+                            name: to_device(value, device) if isinstance(value, torch.Tensor) else value
+                            for name, value in packed_batch.items()
+                        }
                     else:
                         inputs = encoder_inputs(micro_batch, device)
                     parts.append(encoder(**inputs).float())

@@ -40,7 +40,7 @@ def flops_per_token(encoder: Encoder) -> tuple[float, float]:
     pass takes twice as many.
     """
     config: Any = encoder.config
-    once = last_layer.unused_linears(encoder.backbone) if encoder.pools_one_token else []
+    once = last_layer.linears_once_a_text(encoder.backbone) if encoder.pools_one_token else []
     weights = sum(
         getattr(module.weight, "ds_numel", module.weight.numel())  # under ZeRO-3 a part is here
         for name, module in encoder.backbone.named_modules()

@@ -37,7 +37,7 @@ def can_choose(config: Any) -> bool:
     )
 
 
-def unused_linears(backbone: Any) -> list[torch.nn.Linear]:
+def linears_once_a_text(backbone: Any) -> list[torch.nn.Linear]:
     """The layers that then compute one token a text."""
     last = backbone.encoder.layer[-1]
     kept = (last.attention.self.key, last.attention.self.value)

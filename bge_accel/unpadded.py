@@ -23,36 +23,20 @@ MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 PREFIX = "bge_accel_unpadded_"
 
 
-def attend_torch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    q_starts: torch.Tensor,
-    k_starts: torch.Tensor,
-    q_longest: int,
-    k_longest: int,
-) -> torch.Tensor:
+def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any) -> torch.Tensor:
     """torch's kernel for texts of different lengths: on a GPU, float16 or bfloat16."""
     from torch.nn.attention.varlen import varlen_attn
 
-    attended = varlen_attn(query, key, value, q_starts, k_starts, q_longest, k_longest)
+    attended = varlen_attn(query, key, value, *places)
     assert isinstance(attended, torch.Tensor)
     return attended
 
 
-def attend_flash_attn(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    q_starts: torch.Tensor,
-    k_starts: torch.Tensor,
-    q_longest: int,
-    k_longest: int,
-) -> torch.Tensor:
+def attend_flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any) -> torch.Tensor:
     """The kernel of the package flash_attn: on a GPU, float16 or bfloat16."""
     from flash_attn import flash_attn_varlen_func  # type: ignore[import-not-found]
 
-    return flash_attn_varlen_func(query, key, value, q_starts, k_starts, q_longest, k_longest)
+    return flash_attn_varlen_func(query, key, value, *places)
 
 
 def attend_plain(

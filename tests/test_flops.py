@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bge_accel.batching import make_token_batch
 from bge_accel.flops import PEAK_TFLOPS, flops_per_token, peak_flops
-from bge_accel.last_layer import unused_linears
+from bge_accel.last_layer import linears_once_a_text
 from bge_accel.model import load_encoder
 
 
@@ -47,7 +47,7 @@ def test_what_is_computed_once_a_text_is_left_out(tiny_model: str) -> None:
         encoder(input_ids=ids, attention_mask=torch.ones_like(ids))
     counts = {name: sum(of_module.values()) for name, of_module in counter.get_flop_counts().items()}
     counted = counts["Global"] - sum(count for name, count in counts.items() if name.endswith(".pooler"))
-    once = 2 * sum(module.weight.numel() for module in unused_linears(encoder.backbone))
+    once = 2 * sum(module.weight.numel() for module in linears_once_a_text(encoder.backbone))
     per_token, per_pair = flops_per_token(encoder)
     assert per_token * 150 + once * 3 == counted and once * 3 < 0.02 * counted
     assert per_pair == 4 * 1 * 32  # of one of the two layers

@@ -109,7 +109,7 @@ def test_a_saved_model_does_not_know_of_it(tmp_path):
 def test_what_is_left_out():
     backbone = build("bert")
     names = {module: name for name, module in backbone.named_modules()}
-    assert {names[module] for module in last_layer.unused_linears(backbone)} == {
+    assert {names[module] for module in last_layer.linears_once_a_text(backbone)} == {
         f"encoder.layer.1.{name}"
         for name in ("attention.self.query", "attention.output.dense", "intermediate.dense", "output.dense")
     }
