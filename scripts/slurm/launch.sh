@@ -32,9 +32,24 @@ settings=$(
 mapfile -t settings <<<"$settings"
 export "${settings[@]}"
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
-# All processes meet at the first node; jobs that share it take different ports.
+# All processes meet at the first node, at a port that is free there: below those that Linux gives to outgoing connections,
+# and drawn, since jobs of different clusters or users may share the node's network.
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
-export MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+MASTER_PORT=${MASTER_PORT:-$(
+  python - <<'PYTHON'
+import random, socket
+
+for port in random.sample(range(20000, 30000), 100):
+    with socket.socket() as probe:
+        try:
+            probe.bind(("", port))
+        except OSError:  # somebody has it
+            continue
+        print(port)
+        break
+PYTHON
+)}
+export MASTER_PORT
 
 # What torchrun would tell each process. The warning is ignored until the script listens to it: there is nothing to save
 # while Python starts.
