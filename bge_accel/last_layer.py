@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bge_accel import unpadded
+from bge_accel import cpu_dropout, unpadded
 
 
 def prepare(backbone: Any) -> bool:
@@ -33,7 +33,7 @@ def can_choose(config: Any) -> bool:
         config.model_type in unpadded.MODEL_TYPES
         and not getattr(config, "is_decoder", False)
         and getattr(config, "position_embedding_type", None) in (None, "absolute")
-        and (config._attn_implementation == "sdpa" or unpadded.is_in_use(config))
+        and unpadded.attends_as_sdpa(config)
     )
 
 
@@ -66,13 +66,13 @@ def _forward(
     )
     dropout = own.dropout.p if layer.training else 0.0
     if starts is None:
-        attended = F.scaled_dot_product_attention(
-            query.transpose(1, 2),
-            key.transpose(1, 2),
-            value.transpose(1, 2),
-            attn_mask=None if attention_mask is None else attention_mask[:, :, :1],  # the same for every query
-            dropout_p=dropout,
-        ).transpose(1, 2)
+        query, key, value = (states.transpose(1, 2) for states in (query, key, value))
+        mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
+        if 0 < dropout < 1 and own.config._attn_implementation == cpu_dropout.NAME and hidden.device.type == "cpu":
+            attended = cpu_dropout.attend(query, key, value, mask, dropout)
+        else:
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+        attended = attended.transpose(1, 2)
     else:
         attended = unpadded.attend(own.config, query, key, value, starts, kwargs["longest"], dropout, one_query=True)
     states = layer.attention.output(attended.flatten(-2), chosen)

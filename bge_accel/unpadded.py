@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from bge_accel import cpu_dropout
+
 # What computes attention over packed texts: query, key and value (tokens, heads, head_dim), for queries and for keys where
 # each text begins and the last ends, (texts + 1,) int32 on their device, and for both the most tokens of a text; returns
 # (tokens, heads, head_dim). Queries may be fewer than keys.
@@ -84,7 +86,12 @@ def why_not(backbone: Any) -> str | None:
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         return "its positions are relative"
     current = config._attn_implementation
-    return None if current == "sdpa" or is_in_use(config) else f"it was loaded with {current} attention"
+    return None if attends_as_sdpa(config) else f"it was loaded with {current} attention"
+
+
+def attends_as_sdpa(config: Any) -> bool:
+    """Whether attention is torch's or one of ours, which take padded texts and masks as torch's does."""
+    return config._attn_implementation in ("sdpa", cpu_dropout.NAME) or is_in_use(config)
 
 
 def is_in_use(config: Any) -> bool:

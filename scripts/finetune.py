@@ -463,6 +463,7 @@ def main(cfg: Config) -> None:
         write_manifest,
         write_state,
     )
+    from bge_accel.cpu_dropout import use_cpu_dropout
     from bge_accel.distributed import gather, gather_with_grad, largest
     from bge_accel.encoding import prefetch
     from bge_accel.flops import flops_per_token
@@ -474,6 +475,7 @@ def main(cfg: Config) -> None:
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
     from bge_accel.transfer import to_device, to_host
     from bge_accel.validation import EncodingSettings, evaluate_in_training
+    from bge_accel.vocabulary import add_gradients_in_place
 
     # ---- accelerator
     on_cpu = cfg.use_cpu or not torch.cuda.is_available()
@@ -629,6 +631,10 @@ def main(cfg: Config) -> None:
                 parameter.requires_grad_(False)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.backbone)
+    if device.type == "cpu":
+        use_cpu_dropout(encoder.backbone)
+        if world == 1 and not is_sharded and not pure_bf16:
+            add_gradients_in_place(encoder.backbone)
     encoder.train()
 
     for feed in feeds:

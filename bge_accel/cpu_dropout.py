@@ -1,0 +1,227 @@
+"""Dropout for training on a CPU, where torch's own takes more time than the network that it is applied to.
+
+torch draws a CPU's masks at ten times the price of applying them, and its fused attention knows no dropout there: it
+falls back to matrices of all scores in memory. Here masks come from numpy's SFC64, a byte an element, and attention
+goes over a few heads at a time, whose scores stay in the cache. Neither scores nor masks are kept: the backward pass
+computes them again, from the same seed. As with torch's, an element is dropped with probability p, the others are
+divided by 1 - p (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html), and torch's generator decides.
+"""
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.autograd.function import once_differentiable
+
+NAME = "bge_accel_cpu_dropout"  # among transformers' attention functions
+# Scores that a thread works on at a time: half of a server core's own cache.
+CHUNK_BYTES = 512 * 1024
+
+
+def use_cpu_dropout(backbone: Any) -> None:
+    """Has a model of BERT's family, on a CPU in training, drop with what is here; elsewhere it computes as before."""
+    from bge_accel.unpadded import why_not
+
+    for module in backbone.modules():
+        if type(module) is torch.nn.Dropout and 0 < module.p < 1:
+            module.forward = partial(_drop_states, module)  # type: ignore[method-assign]
+    if why_not(backbone) is None:
+        from transformers import AttentionInterface
+        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+        AttentionInterface.register(NAME, _attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        backbone.set_attn_implementation(NAME)
+
+
+def draw_seed() -> int:
+    """A seed from torch's generator: where that is set back, the same masks follow."""
+    return int(torch.empty((), dtype=torch.int64).random_().numpy())
+
+
+class KeepMasks:
+    """The masks of one dropout, one after the other; from the same seed the same ones.
+
+    A byte is compared with a whole number, so one of two neighbouring thresholds is drawn for them all, such that an
+    element is dropped with probability `p` exactly.
+    """
+
+    def __init__(self, p: float, seed: int) -> None:
+        self.generator = np.random.Generator(np.random.SFC64(seed))
+        threshold, rest = divmod(256 * p, 1)
+        self.threshold = int(threshold) + int(self.generator.random() < rest)
+
+    def fill(self, masks: torch.Tensor) -> torch.Tensor:
+        """Writes 1 for what stays and 0 for what is dropped into (n, ...): n masks, each beginning a word of its own."""
+        if self.threshold == 256:  # more than a byte holds
+            return masks.zero_()
+        size = masks[0].numel()
+        words = self.generator.integers(0, 2**64, (len(masks), -(-size // 8)), dtype=np.uint64)
+        drawn = torch.from_numpy(words.view(np.int16).view(np.int8))[:, :size]
+        return torch.ge(drawn, self.threshold - 128, out=masks.view(len(masks), size)).view(masks.shape)
+
+
+def drop(states: torch.Tensor, p: float) -> torch.Tensor:
+    """Dropout of a tensor on a CPU, 0 < p < 1."""
+    dropped: torch.Tensor = _Drop.apply(states, p, draw_seed())
+    return dropped
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, p: float, seed: int) -> torch.Tensor:
+        ctx.p, ctx.seed = p, seed
+        mask = torch.empty(states.shape, dtype=states.dtype)
+        KeepMasks(p, seed).fill(mask[None])
+        return mask.mul_(states).mul_(1 / (1 - p))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        return _Drop.forward(ctx, grad, ctx.p, ctx.seed), None, None
+
+
+def _drop_states(module: torch.nn.Dropout, states: torch.Tensor) -> torch.Tensor:
+    """In place of a Dropout's own forward pass."""
+    if module.training and states.device.type == "cpu":
+        return drop(states, module.p)
+    return torch.nn.Dropout.forward(module, states)
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float,
+    scaling: float | None = None,
+) -> torch.Tensor:
+    """Attention with dropout of its probabilities, on a CPU; computed in float32 or better.
+
+    Args:
+        query: (n, heads, queries, head_dim).
+        key, value: (n, heads, length, head_dim).
+        attention_mask: (n, 1, queries or 1, length), true for tokens; the same for all queries of a text.
+        dropout: 0 < dropout < 1.
+        scaling: of the scores; default: 1 / sqrt(head_dim).
+
+    Returns:
+        (n, heads, queries, head_dim), of the queries' type.
+    """
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    bias = None
+    if attention_mask is not None:
+        is_token = attention_mask[:, :, :1].expand(-1, query.shape[1], 1, -1).flatten(0, 1)
+        bias = torch.zeros(is_token.shape, dtype=_precise(query.dtype)).masked_fill_(~is_token, float("-inf"))
+    attended: torch.Tensor = _Attend.apply(query, key, value, bias, dropout, draw_seed(), scaling)
+    return attended
+
+
+class _Attend(torch.autograd.Function):
+    """With P = softmax(scaling Q K' + bias), a mask M of zeros and ones, and D = M * P: O = D V / (1 - p)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        p: float,
+        seed: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.settings = bias, p, seed, scaling
+        q, k, v = _flat(query, scaling), _flat(key), _flat(value, 1 / (1 - p))
+        masks, attended = KeepMasks(p, seed), torch.empty_like(q)
+        scores, mask = _buffers(q, k, 2)
+        for part in _parts(q, scores):
+            size = part.stop - part.start
+            probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
+            probabilities.mul_(masks.fill(mask[:size]))
+            torch.bmm(probabilities, v[part], out=attended[part])
+        return attended.view(query.shape).to(query.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
+        query, key, value = ctx.saved_tensors
+        bias, p, seed, scaling = ctx.settings
+        q, k, v, g = _flat(query, scaling), _flat(key), _flat(value, 1 / (1 - p)), _flat(grad)
+        q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        masks = KeepMasks(p, seed)
+        scores, mask, changes = _buffers(q, k, 3)
+        for part in _parts(q, scores):
+            size = part.stop - part.start
+            probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
+            dropped = masks.fill(mask[:size])
+            change = torch.bmm(g[part], v[part].transpose(1, 2), out=changes[:size]).mul_(dropped)
+            dropped.mul_(probabilities)
+            torch.bmm(dropped.transpose(1, 2), g[part], out=v_grad[part])
+            torch.ops.aten._softmax_backward_data.out(change, probabilities, -1, change.dtype, grad_input=change)
+            torch.bmm(change, k[part], out=q_grad[part])
+            torch.bmm(change.transpose(1, 2), q[part], out=k_grad[part])
+        grads = _unflat(q_grad, query, scaling), _unflat(k_grad, key), _unflat(v_grad, value, 1 / (1 - p))
+        return *grads, None, None, None, None
+
+
+def _precise(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _flat(tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """(n, heads, length, head_dim), laid out in any way, to (n * heads, length, head_dim), times a number."""
+    copied = torch.empty(tensor.shape, dtype=_precise(tensor.dtype)).copy_(tensor).flatten(0, 1)
+    return copied if factor == 1 else copied.mul_(factor)
+
+
+def _unflat(flat: torch.Tensor, like: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+    """The opposite, laid out as the linear layers have it: tokens before heads."""
+    n, heads, length, head_dim = like.shape
+    laid_out = torch.empty(n, length, heads, head_dim, dtype=like.dtype).transpose(1, 2)
+    return torch.mul(flat.view(like.shape), factor, out=laid_out)
+
+
+def _buffers(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Room for the scores of a few heads, `count` times."""
+    bytes_a_head = q.shape[1] * k.shape[1] * q.element_size()
+    heads = min(max(CHUNK_BYTES * torch.get_num_threads() // bytes_a_head, 1), len(q))
+    return [torch.empty(heads, q.shape[1], k.shape[1], dtype=q.dtype) for _ in range(count)]
+
+
+def _parts(q: torch.Tensor, buffer: torch.Tensor) -> list[slice]:
+    """All heads of all texts, as many at a time as a buffer takes."""
+    return [slice(start, min(start + len(buffer), len(q))) for start in range(0, len(q), len(buffer))]
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, part: slice, scores: torch.Tensor
+) -> torch.Tensor:
+    """Before dropout, written into `scores`."""
+    if bias is None:
+        torch.bmm(q, k.transpose(1, 2), out=scores)
+    else:
+        torch.baddbmm(bias[part], q, k.transpose(1, 2), out=scores)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' attention function: (n, heads, length, head_dim) to (n, length, heads, head_dim)."""
+    if not 0 < dropout < 1 or query.device.type != "cpu":
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    return attend(query, key, value, attention_mask, dropout, scaling).transpose(1, 2), None
