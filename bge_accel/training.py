@@ -8,7 +8,7 @@ encoder micro-batch by micro-batch, from the graphs that were kept or by computi
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -80,6 +80,7 @@ def embed_and_backward(
     loss_fn: Callable[[torch.Tensor], tuple[torch.Tensor, Output]],
     *,
     device: torch.device,
+    packed_for: Any = None,
     activations: ActivationBudget | None = None,
     scale_loss: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
     no_sync: Callable[[], AbstractContextManager] = nullcontext,
@@ -89,9 +90,9 @@ def embed_and_backward(
     """Adds the gradient of a loss on the embeddings of a batch to the encoder's parameters.
 
     Args:
-        encoder: maps `input_ids`, `attention_mask` and `is_padded` to embeddings (texts, dim); may be wrapped by DDP or
-            sharded.
+        encoder: maps what `encoder_inputs` gives to embeddings (texts, dim); may be wrapped by DDP or sharded.
         loss_fn: from the embeddings (num_texts, dim), in the order of the texts, to (loss, anything to return).
+        packed_for: configuration of an encoder that takes texts without padding (`unpadded.use_kernel`); None pads.
         activations: which graphs are kept; the rest is recomputed, with the same dropout. The gradient is the same.
             By default all are kept.
         scale_loss: applied before differentiating: loss scaling, division by accumulation steps.
@@ -102,7 +103,7 @@ def embed_and_backward(
     """
     activations = activations or ActivationBudget()
     assert backward is None or activations.max_bytes == 0
-    inputs = [encoder_inputs(micro_batch, device) for micro_batch in batch.micro_batches]
+    inputs = [encoder_inputs(micro_batch, device, packed_for) for micro_batch in batch.micro_batches]
     sizes = [mb["input_ids"].numel() for mb in inputs]
 
     states, embeddings = [], []
@@ -136,7 +137,7 @@ def embed_and_backward(
     # Undo the order: the gradient of each micro-batch's rows.
     grad = torch.empty_like(together)
     grad[restore] = leaf.grad
-    grads = list(grad.split([len(mb["input_ids"]) for mb in inputs]))
+    grads = list(grad.split([len(mb["input_ids"]) for mb in batch.micro_batches]))
 
     if kept:
         with nullcontext() if sync_in_joint else no_sync():

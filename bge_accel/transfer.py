@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bge_accel.unpadded import pack
+
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """The tensor on a device. A GPU copies it when it comes to it, and the call returns at once."""
@@ -14,8 +16,18 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def encoder_inputs(micro_batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, Any]:
-    """`input_ids` and `attention_mask` on a device, and whether there is any padding: here a look, there a wait."""
+def encoder_inputs(
+    micro_batch: dict[str, torch.Tensor], device: torch.device, packed_for: Any = None
+) -> dict[str, Any]:
+    """What an encoder takes of a micro-batch, on its device.
+
+    Args:
+        packed_for: configuration of a model that takes texts without padding, see `unpadded.pack`. None gives
+            `input_ids`, `attention_mask` and whether there is any padding: here a look, there a wait.
+    """
+    if packed_for is not None:
+        packed = pack(**micro_batch, config=packed_for)
+        return {name: to_device(x, device) if isinstance(x, torch.Tensor) else x for name, x in packed.items()}
     is_padded = not micro_batch["attention_mask"].cpu().numpy().all()
     return {name: to_device(tensor, device) for name, tensor in micro_batch.items()} | {"is_padded": is_padded}
 

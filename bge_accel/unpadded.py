@@ -16,20 +16,31 @@ import torch.nn.functional as F
 from bge_accel import cpu_dropout
 
 # What computes attention over packed texts: query, key and value (tokens, heads, head_dim), for queries and for keys where
-# each text begins and the last ends, (texts + 1,) int32 on their device, and for both the most tokens of a text; returns
-# (tokens, heads, head_dim). Queries may be fewer than keys.
-Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int], torch.Tensor]
+# each text begins and the last ends, (texts + 1,) int32 on their device, for both the most tokens of a text, and the dropout
+# of the probabilities; returns (tokens, heads, head_dim). Queries may be fewer than keys.
+Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int, int, float], torch.Tensor]
 
 # Absolute positions, and keyword arguments that reach the attention function.
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 PREFIX = "bge_accel_unpadded_"
 
 
-def attend_torch(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *places: Any) -> torch.Tensor:
-    """torch's kernel for texts of different lengths: on a GPU, float16 or bfloat16."""
+def attend_torch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    q_longest: int,
+    k_longest: int,
+    dropout: float,
+) -> torch.Tensor:
+    """torch's kernel for texts of different lengths: on a GPU, float16 or bfloat16, without dropout."""
+    if dropout:
+        raise ValueError(f"torch's attention without padding has no dropout, and the model's is {dropout}")
     from torch.nn.attention.varlen import varlen_attn
 
-    attended = varlen_attn(query, key, value, *places)
+    attended = varlen_attn(query, key, value, q_starts, k_starts, q_longest, k_longest)
     assert isinstance(attended, torch.Tensor)
     return attended
 
@@ -49,11 +60,15 @@ def attend_plain(
     k_starts: torch.Tensor,
     q_longest: int,
     k_longest: int,
+    dropout: float,
 ) -> torch.Tensor:
     """Text by text with torch's ordinary attention; the meaning of the other two, not their speed."""
     q_lengths, k_lengths = q_starts.diff().tolist(), k_starts.diff().tolist()
-    parts = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True)
-    attended = [F.scaled_dot_product_attention(*(part.transpose(0, 1) for part in text)) for text in parts]
+    texts = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True)
+    attended = [
+        F.scaled_dot_product_attention(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), dropout_p=dropout)
+        for q, k, v in texts
+    ]
     return torch.cat([text.transpose(0, 1) for text in attended])
 
 
@@ -92,6 +107,34 @@ def why_not(backbone: Any) -> str | None:
 def attends_as_sdpa(config: Any) -> bool:
     """Whether attention is torch's or one of ours, which take padded texts and masks as torch's does."""
     return config._attn_implementation in ("sdpa", cpu_dropout.NAME) or is_in_use(config)
+
+
+def check_kernel(backbone: Any, kernel: str, device: torch.device, precision: str) -> None:
+    """Whether a model can be trained with a kernel there.
+
+    Args:
+        precision: what is computed in: "float32", "bf16", "fp16", "pure bf16".
+
+    Raises:
+        ValueError: it cannot, and why.
+    """
+    if kernel == "plain":
+        return
+    if device.type != "cuda" or precision == "float32":
+        raise ValueError(
+            f"--attention {kernel} needs a GPU and half precision (--bf16), and this run computes in {precision} on "
+            f"{device.type}; leave it out"
+        )
+    module = "torch.nn.attention.varlen" if kernel == "torch" else kernel
+    if importlib.util.find_spec(module) is None:
+        raise ValueError(f"--attention {kernel} needs the module {module}, which is not installed")
+    dropout = getattr(backbone.config, "attention_probs_dropout_prob", 0.0)
+    if kernel == "torch" and dropout:
+        raise ValueError(
+            f"--attention torch has no dropout, and the model drops {dropout:g} of its attention in training; take "
+            "--attention flash_attn, or --config_name with a copy of the model's configuration in which "
+            "attention_probs_dropout_prob is 0"
+        )
 
 
 def is_in_use(config: Any) -> bool:
@@ -158,13 +201,11 @@ def attend(
     Args:
         one_query: each text has a single query, in place of one for every token.
     """
-    if dropout:
-        raise ValueError("attention without padding has no dropout: set the model's attention dropout to 0")
     kernel = KERNELS[config._attn_implementation.removeprefix(PREFIX)]
     q_starts, q_longest = starts, longest
     if one_query:
         q_starts, q_longest = torch.arange(len(starts), dtype=starts.dtype, device=starts.device), 1
-    return kernel(query[0], key[0], value[0], q_starts, starts, q_longest, longest)[None]
+    return kernel(query[0], key[0], value[0], q_starts, starts, q_longest, longest, dropout)[None]
 
 
 def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> dict[str, Any]:

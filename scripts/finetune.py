@@ -198,6 +198,12 @@ class Config:
     gradient_checkpointing: bool = option(
         False, "recompute activations layer by layer: less memory, a third more time", group="precision and memory"
     )
+    attention: Literal["padded", "torch", "flash_attn", "plain"] = option(
+        "padded",
+        "padded: each text of a micro-batch is as long as the longest; or without padding, by torch's or flash_attn's kernel "
+        "(on a GPU, in half precision), or plain: text by text, slowly, anywhere",
+        group="precision and memory",
+    )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass; default: what suits the device", group="precision and memory"
     )
@@ -474,6 +480,7 @@ def main(cfg: Config) -> None:
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
     from bge_accel.transfer import to_device, to_host
+    from bge_accel.unpadded import check_kernel, use_kernel
     from bge_accel.validation import EncodingSettings, evaluate_in_training
     from bge_accel.vocabulary import add_gradients_in_place
 
@@ -635,6 +642,10 @@ def main(cfg: Config) -> None:
         use_cpu_dropout(encoder.backbone)
         if world == 1 and not is_sharded and not pure_bf16:
             add_gradients_in_place(encoder.backbone)
+    if cfg.attention != "padded":
+        with user_errors():
+            check_kernel(encoder.backbone, cfg.attention, device, computes_in)
+            use_kernel(encoder.backbone, cfg.attention)
     encoder.train()
 
     for feed in feeds:
@@ -717,6 +728,8 @@ def main(cfg: Config) -> None:
                 max_tokens=max_tokens,
                 pad_to_multiple_of=cfg.pad_to_multiple_of,
             )
+            if cfg.attention != "padded":
+                tokens.num_padding = 0  # it is cut off again
             streams = [feed.stream for feed in feeds if feed.stream is not None]
             yield Batch(
                 examples,
@@ -1041,6 +1054,7 @@ def main(cfg: Config) -> None:
             tokens,
             loss_fn,
             device=device,
+            packed_for=encoder.config if cfg.attention != "padded" else None,
             activations=activations,
             scale_loss=scale_loss,
             no_sync=nullcontext if is_sharded else lambda: accelerator.no_sync(model),

@@ -9,6 +9,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import Run, build_tiny_model
+from test_finetune_script import assert_same_weights, log, write_rows
 
 from bge_accel import EmbeddingModel, unpadded
 from bge_accel.model import Encoder, load_encoder
@@ -139,9 +141,53 @@ def test_what_cannot_run_without_padding_says_so(tiny_model):
     with pytest.raises(ValueError, match="it was loaded with eager attention"):
         unpadded.use_kernel(eager, "plain")
     dropping = Encoder(build("bert", attention_probs_dropout_prob=0.1), "cls", normalize=True).train()
-    unpadded.use_kernel(dropping.backbone, "plain")
-    with pytest.raises(ValueError, match="set the model's attention dropout to 0"):
+    unpadded.use_kernel(dropping.backbone, "torch")
+    with pytest.raises(ValueError, match="has no dropout, and the model's is 0.1"):
         dropping(**unpadded.pack(**padded([3, 2], dropping.config), config=dropping.config))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("budget", [[], ["--activation_memory_budget", 0], ["--gradient_checkpointing"]])
+def test_training_moves_the_weights_as_with_padding(processes, budget, run_script: Run, tmp_path):
+    model = build_tiny_model(tmp_path / "model", dropout=0.0)
+    rows = write_rows(tmp_path / "rows.jsonl", 16)
+    flags = ["--model_name_or_path", model, "--train_data", rows, "--max_steps", 2, "--train_group_size", 2]
+    flags += ["--per_device_train_batch_size", 4, "--max_tokens_per_micro_batch", 150, "--negatives_cross_device"]
+    flags += ["--adam_epsilon", 1e-3, "--logging_steps", 1, *budget]
+    for attention in ("padded", "plain"):
+        chosen = ["--attention", attention, "--output_dir", attention]
+        run_script("finetune.py", *flags, *chosen, processes=processes)
+    assert_same_weights(tmp_path / "padded", tmp_path / "plain", 1e-6)
+    padded_log, plain_log = log(tmp_path / "padded"), log(tmp_path / "plain")
+    assert padded_log[0]["padding"] > 0 and plain_log[0]["padding"] == 0
+    assert plain_log[0]["loss"] == pytest.approx(padded_log[0]["loss"], abs=1e-5)
+
+
+def test_training_without_padding_drops_as_well(run_script: Run, tiny_model: str, tmp_path):
+    """With the model's dropout: the same again from the same seed, another way from another."""
+    rows = write_rows(tmp_path / "rows.jsonl", 16)
+    flags = ["--model_name_or_path", tiny_model, "--train_data", rows, "--max_steps", 2, "--attention", "plain"]
+    losses = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run_script("finetune.py", *flags, "--output_dir", name, "--logging_steps", 1, "--seed", seed)
+        losses.append([line["loss"] for line in log(tmp_path / name)])
+    assert losses[0] == losses[1] != losses[2]
+
+
+@pytest.mark.parametrize(
+    "kernel, device, precision, dropout, message",
+    [
+        ("torch", "cpu", "bf16", 0.0, "needs a GPU and half precision"),
+        ("flash_attn", "cuda", "float32", 0.0, "this run computes in float32 on cuda"),
+        ("torch", "cuda", "bf16", 0.1, "drops 0.1 of its attention"),
+        ("flash_attn", "cuda", "bf16", 0.1, "needs the module flash_attn"),
+    ],
+)
+def test_what_a_kernel_cannot_do_is_said_before_training(kernel, device, precision, dropout, message):
+    backbone = build("bert", attention_probs_dropout_prob=dropout)
+    with pytest.raises(ValueError, match=message):
+        unpadded.check_kernel(backbone, kernel, torch.device(device), precision)
+    unpadded.check_kernel(backbone, "plain", torch.device("cpu"), "float32")
 
 
 ON_A_GPU = """

@@ -3,7 +3,8 @@
     python scripts/benchmarks/tools.py '{"task": "train", "tool": "bge_accel", ..., "result": "result.json"}'
 
 Writes a list of samples, each {"seconds", "check", "megabytes"}: the time of what is compared, without imports and without
-what comes before it; a number that all tools have to agree on, or null; the most memory that the process has held.
+what comes before it; a number that all tools have to agree on, or null; the most memory that the process, or one that it
+started, has held.
 """
 
 import json
@@ -339,6 +340,14 @@ def resume(job: dict) -> list[Sample]:
     return [(seconds, None)]
 
 
+def most_memory() -> float:
+    """Megabytes of this process, or of the largest that it has waited for."""
+    # Not this process's ru_maxrss, which begins with what its parent held.
+    status = Path("/proc/self/status").read_text()
+    kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    return max(kilobytes, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+
+
 TASKS = {
     function.__name__: function for function in (train, first_step, encode, mine, loss, search, merge, help, resume)
 }
@@ -346,6 +355,6 @@ TASKS = {
 if __name__ == "__main__":
     job = json.loads(sys.argv[1])
     samples = TASKS[job["task"]](job)
-    megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    megabytes = most_memory()
     lines = [{"seconds": seconds, "check": check, "megabytes": megabytes} for seconds, check in samples]
     Path(job["result"]).write_text(json.dumps(lines))
