@@ -2,8 +2,8 @@
 
 torch draws a CPU's masks at ten times the price of applying them, and its fused attention knows no dropout there: it
 falls back to matrices of all scores in memory. Here masks come from numpy's SFC64, a byte an element, and attention
-goes over a few heads at a time, whose scores stay in the cache. Neither scores nor masks are kept: the backward pass
-computes them again, from the same seed. As with torch's, an element is dropped with probability p, the others are
+goes over a few heads at a time, whose scores stay in the cache. Of scores none are kept: the backward pass computes them
+again, with the bytes that were drawn. As with torch's, an element is dropped with probability p, the others are
 divided by 1 - p (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html), and torch's generator decides.
 """
 
@@ -35,51 +35,43 @@ def use_cpu_dropout(backbone: Any) -> None:
         backbone.set_attn_implementation(NAME)
 
 
-def draw_seed() -> int:
-    """A seed from torch's generator: where that is set back, the same masks follow."""
-    return int(torch.empty((), dtype=torch.int64).random_().numpy())
+class KeepMask:
+    """Which elements of a tensor a dropout keeps; the same ones when torch's generator is set back.
 
-
-class KeepMasks:
-    """The masks of one dropout, one after the other; from the same seed the same ones.
-
-    A byte is compared with a whole number, so one of two neighbouring thresholds is drawn for them all, such that an
-    element is dropped with probability `p` exactly.
+    A byte is drawn for each, and compared with a whole number: one of the two next to 256 p, drawn such that an element is
+    dropped with probability `p` exactly.
     """
 
-    def __init__(self, p: float, seed: int) -> None:
-        self.generator = np.random.Generator(np.random.SFC64(seed))
-        threshold, rest = divmod(256 * p, 1)
-        self.threshold = int(threshold) + int(self.generator.random() < rest)
+    def __init__(self, shape: torch.Size, p: float) -> None:
+        seed = int(torch.empty((), dtype=torch.int64).random_().numpy())
+        generator = np.random.Generator(np.random.SFC64(seed))
+        below, rest = divmod(256 * p, 1)
+        self.threshold = int(below) + int(generator.random() < rest)
+        words = generator.integers(0, 2**64, -(-shape.numel() // 8), dtype=np.uint64)
+        self.drawn = torch.from_numpy(words.view(np.int8))[: shape.numel()].view(shape)
 
-    def fill(self, masks: torch.Tensor) -> torch.Tensor:
-        """Writes 1 for what stays and 0 for what is dropped into (n, ...): n masks, each beginning a word of its own."""
-        if self.threshold == 256:  # more than a byte holds
-            return masks.zero_()
-        size = masks[0].numel()
-        words = self.generator.integers(0, 2**64, (len(masks), -(-size // 8)), dtype=np.uint64)
-        drawn = torch.from_numpy(words.view(np.int16).view(np.int8))[:, :size]
-        return torch.ge(drawn, self.threshold - 128, out=masks.view(len(masks), size)).view(masks.shape)
+    def write(self, mask: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+        """1 for what stays and 0 for what is dropped, of a part of the tensor."""
+        # 256 is more than a byte holds.
+        return mask.zero_() if self.threshold == 256 else torch.ge(self.drawn[part], self.threshold - 128, out=mask)
 
 
 def drop(states: torch.Tensor, p: float) -> torch.Tensor:
     """Dropout of a tensor on a CPU, 0 < p < 1."""
-    dropped: torch.Tensor = _Drop.apply(states, p, draw_seed())
+    dropped: torch.Tensor = _Drop.apply(states, KeepMask(states.shape, p), 1 / (1 - p))
     return dropped
 
 
 class _Drop(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, p: float, seed: int) -> torch.Tensor:
-        ctx.p, ctx.seed = p, seed
-        mask = torch.empty(states.shape, dtype=states.dtype)
-        KeepMasks(p, seed).fill(mask[None])
-        return mask.mul_(states).mul_(1 / (1 - p))
+    def forward(ctx: Any, states: torch.Tensor, keep: KeepMask, factor: float) -> torch.Tensor:
+        ctx.settings = keep, factor
+        return keep.write(torch.empty(states.shape, dtype=states.dtype)).mul_(states).mul_(factor)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        return _Drop.forward(ctx, grad, ctx.p, ctx.seed), None, None
+        return _Drop.forward(ctx, grad, *ctx.settings), None, None
 
 
 def _drop_states(module: torch.nn.Dropout, states: torch.Tensor) -> torch.Tensor:
@@ -114,12 +106,14 @@ def attend(
     if attention_mask is not None:
         is_token = attention_mask[:, :, :1].expand(-1, query.shape[1], 1, -1).flatten(0, 1)
         bias = torch.zeros(is_token.shape, dtype=_precise(query.dtype)).masked_fill_(~is_token, float("-inf"))
-    attended: torch.Tensor = _Attend.apply(query, key, value, bias, dropout, draw_seed(), scaling)
+    n, heads, num_queries = query.shape[:3]
+    keep = KeepMask(torch.Size((n * heads, num_queries, key.shape[2])), dropout)
+    attended: torch.Tensor = _Attend.apply(query, key, value, bias, keep, 1 / (1 - dropout), scaling)
     return attended
 
 
 class _Attend(torch.autograd.Function):
-    """With P = softmax(scaling Q K' + bias), a mask M of zeros and ones, and D = M * P: O = D V / (1 - p)."""
+    """With P = softmax(scaling Q K' + bias), a mask M of zeros and ones, and D = M * P: O = factor D V."""
 
     @staticmethod
     def forward(
@@ -128,19 +122,19 @@ class _Attend(torch.autograd.Function):
         key: torch.Tensor,
         value: torch.Tensor,
         bias: torch.Tensor | None,
-        p: float,
-        seed: int,
+        keep: KeepMask,
+        factor: float,
         scaling: float,
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
-        ctx.settings = bias, p, seed, scaling
-        q, k, v = _flat(query, scaling), _flat(key), _flat(value, 1 / (1 - p))
-        masks, attended = KeepMasks(p, seed), torch.empty_like(q)
+        ctx.settings = bias, keep, factor, scaling
+        q, k, v = _flat(query, scaling), _flat(key), _flat(value, factor)
+        attended = torch.empty_like(q)
         scores, mask = _buffers(q, k, 2)
         for part in _parts(q, scores):
             size = part.stop - part.start
             probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
-            probabilities.mul_(masks.fill(mask[:size]))
+            probabilities.mul_(keep.write(mask[:size], part))
             torch.bmm(probabilities, v[part], out=attended[part])
         return attended.view(query.shape).to(query.dtype)
 
@@ -148,22 +142,21 @@ class _Attend(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value = ctx.saved_tensors
-        bias, p, seed, scaling = ctx.settings
-        q, k, v, g = _flat(query, scaling), _flat(key), _flat(value, 1 / (1 - p)), _flat(grad)
+        bias, keep, factor, scaling = ctx.settings
+        q, k, v, g = _flat(query, scaling), _flat(key), _flat(value, factor), _flat(grad)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        masks = KeepMasks(p, seed)
         scores, mask, changes = _buffers(q, k, 3)
         for part in _parts(q, scores):
             size = part.stop - part.start
             probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
-            dropped = masks.fill(mask[:size])
+            dropped = keep.write(mask[:size], part)
             change = torch.bmm(g[part], v[part].transpose(1, 2), out=changes[:size]).mul_(dropped)
             dropped.mul_(probabilities)
             torch.bmm(dropped.transpose(1, 2), g[part], out=v_grad[part])
             torch.ops.aten._softmax_backward_data.out(change, probabilities, -1, change.dtype, grad_input=change)
             torch.bmm(change, k[part], out=q_grad[part])
             torch.bmm(change.transpose(1, 2), q[part], out=k_grad[part])
-        grads = _unflat(q_grad, query, scaling), _unflat(k_grad, key), _unflat(v_grad, value, 1 / (1 - p))
+        grads = _unflat(q_grad, query, scaling), _unflat(k_grad, key), _unflat(v_grad, value, factor)
         return *grads, None, None, None, None
 
 

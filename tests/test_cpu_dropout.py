@@ -13,26 +13,42 @@ from test_unpadded import build, padded
 
 from bge_accel import cpu_dropout, unpadded
 from bge_accel.batching import make_token_batch
-from bge_accel.cpu_dropout import KeepMasks, attend, drop, use_cpu_dropout
+from bge_accel.cpu_dropout import KeepMask, attend, drop, use_cpu_dropout
 from bge_accel.model import Encoder, enable_gradient_checkpointing, load_encoder, save_encoder
 from bge_accel.training import ActivationBudget, embed_and_backward
 
 
+def mask(*shape, p, seed):
+    torch.manual_seed(seed)
+    return KeepMask(torch.Size(shape), p).write(torch.empty(shape))
+
+
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.25, 0.5, 0.997])
 def test_an_element_is_dropped_with_probability_p(p):
-    drawn = torch.stack([KeepMasks(p, seed).fill(torch.empty(64, 331)) for seed in range(100)])
+    drawn = torch.stack([mask(64, 331, p=p, seed=seed) for seed in range(100)])
     assert set(drawn.unique().tolist()) <= {0.0, 1.0}
     # The elements spread, and the threshold that each seed draws.
     deviation = (p * (1 - p) / drawn.numel() + (1 / 256) ** 2 / 4 / 100) ** 0.5
     assert abs(1 - drawn.double().mean().item() - p) < 5 * deviation
-    masks, again = KeepMasks(p, 7), KeepMasks(p, 7)
-    first, second = masks.fill(torch.empty(64, 331)), masks.fill(torch.empty(64, 331))
-    assert torch.equal(again.fill(torch.empty(64, 331)), first) and torch.equal(
-        again.fill(torch.empty(64, 331)), second
-    )
-    if p < 0.9:  # else all may be dropped
-        assert not torch.equal(first, second)
-        assert not torch.equal(KeepMasks(p, 8).fill(torch.empty(64, 331)), first)
+    assert torch.equal(mask(64, 331, p=p, seed=3), drawn[3])
+    if 0.01 < p < 0.9:  # else all may be kept, or dropped
+        assert len({each.numpy().tobytes() for each in drawn}) == 100
+
+
+def test_parts_are_those_of_the_whole():
+    keep = KeepMask(torch.Size((7, 5, 3)), 0.3)
+    whole = keep.write(torch.empty(7, 5, 3))
+    assert torch.equal(keep.write(torch.empty(2, 5, 3), slice(4, 6)), whole[4:6])
+
+
+def test_neighbours_are_dropped_independently_of_each_other():
+    """In the row, at the distance of words, between rows and between masks."""
+    first, second = (mask(512, 512, p=0.1, seed=seed) - 0.9 for seed in (3, 4))
+    flat = first.flatten()
+    pairs = [(flat[:-d], flat[d:]) for d in (1, 2, 3, 4, 7, 8, 64, 512)] + [(flat, second.flatten())]
+    for left, right in pairs:
+        correlation = (left * right).double().mean().item() / 0.09
+        assert abs(correlation) < 5 / len(left) ** 0.5 + 1e-3  # the threshold that a mask shares
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
@@ -52,13 +68,14 @@ def test_states_and_gradients_are_dropped_alike(dtype):
     assert not torch.equal(drop(states, 0.3), dropped)
 
 
-def plain(query, key, value, attention_mask, dropout, seed, scaling):
-    """The formula, with the masks that the seed gives."""
+def plain(query, key, value, attention_mask, dropout, scaling):
+    """The formula, with the mask that torch's generator gives."""
     scores = (query @ key.transpose(-1, -2)) * scaling
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
-    mask = KeepMasks(dropout, seed).fill(torch.empty_like(scores.flatten(0, 1))).view(scores.shape)
-    return (scores.softmax(-1) * mask / (1 - dropout)) @ value
+    flat = scores.flatten(0, 1)
+    keep = KeepMask(flat.shape, dropout).write(torch.empty_like(flat)).view(scores.shape)
+    return (scores.softmax(-1) * keep / (1 - dropout)) @ value
 
 
 @pytest.mark.parametrize("chunk", ["one head", "some", "all"])
@@ -72,17 +89,16 @@ def test_attention_is_the_formula(chunk, num_queries, is_padded, scaling, monkey
         torch.randn(5, length, 3, 4, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
         for length in (num_queries, 9, 9)
     )
-    mask = None
+    is_token = None
     if is_padded:
         lengths = torch.tensor([9, 9, 4, 1, 7])
-        mask = (torch.arange(9) < lengths[:, None])[:, None, None].expand(-1, 1, num_queries, -1)
+        is_token = (torch.arange(9) < lengths[:, None])[:, None, None].expand(-1, 1, num_queries, -1)
     heads = {"one head": 1, "some": 4, "all": 15}[chunk]
     monkeypatch.setattr(cpu_dropout, "CHUNK_BYTES", -(-heads * num_queries * 9 * 8 // torch.get_num_threads()))
     torch.manual_seed(11)
-    seed = cpu_dropout.draw_seed()
+    ours = attend(query, key, value, is_token, 0.2, scaling)
     torch.manual_seed(11)
-    ours = attend(query, key, value, mask, 0.2, scaling)
-    expected = plain(query, key, value, mask, 0.2, seed, 0.5 if scaling is None else scaling)
+    expected = plain(query, key, value, is_token, 0.2, 0.5 if scaling is None else scaling)
     torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
     weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
     found = torch.autograd.grad((ours * weights).sum(), (query, key, value))

@@ -142,7 +142,7 @@ def test_what_cannot_run_without_padding_says_so(tiny_model):
         unpadded.use_kernel(eager, "plain")
     dropping = Encoder(build("bert", attention_probs_dropout_prob=0.1), "cls", normalize=True).train()
     unpadded.use_kernel(dropping.backbone, "torch")
-    with pytest.raises(ValueError, match="has no dropout, and the model's is 0.1"):
+    with pytest.raises(ValueError, match=r"has no dropout, and the model's is 0\.1"):
         dropping(**unpadded.pack(**padded([3, 2], dropping.config), config=dropping.config))
 
 

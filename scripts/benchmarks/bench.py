@@ -6,9 +6,10 @@
 
 Each measurement is a process of its own in the tool's own environment (tools.py), and the tools take turns: a round is one
 measurement of each, so that whatever else the machine does meets all of them. A ratio is the median of the rounds' ratios;
-the first step of a training, and a first call in encoding and search, warm up and are not counted. Same weights, same texts, lengths, pooling and temperature. Dropout is off, but where a line says "with the model's dropout",
-as all tools train where they are not told otherwise. Where tools compute the same thing, their loss or their embeddings have to
-agree, else the comparison is marked.
+the first step of a training, and a first call in encoding and search, warm up and are not counted. Same weights, same texts,
+lengths, pooling and temperature. Dropout is off, except where a line says "with the model's dropout", as every tool trains when
+it is not told otherwise. Where tools compute the same thing, their loss or their embeddings have to agree, else the comparison
+is marked.
 
 The share is that of a limit measured in the same run: for training the best rate of a plain forward and backward pass over
 texts of equal length, for encoding, search and the loss the rate of large matrix products; tokens are counted without
@@ -188,6 +189,7 @@ TRAININGS = (
     ("cls long", 512, False, "cls", False, "demonstration's data up to 512 tokens, CLS pooling"),
     ("cls equal", 128, True, "cls", False, "equal lengths, CLS pooling"),
     ("dropout demo", 256, False, "mean", True, "demonstration's data, with the model's dropout"),
+    ("dropout cls", 256, False, "cls", True, "demonstration's data, CLS pooling, with the model's dropout"),
     ("dropout equal", 128, True, "mean", True, "equal lengths, with the model's dropout"),
 )
 
