@@ -1,7 +1,7 @@
 """Dropout for training on a CPU, where torch's own takes more time than the network that it is applied to.
 
-torch draws a CPU's masks at ten times the price of applying them, and its fused attention knows no dropout there: it
-falls back to matrices of all scores in memory. Here masks come from numpy's SFC64, a byte an element, and attention
+torch draws a CPU's masks far more slowly than it applies them, and its fused attention knows no dropout there: it falls
+back to matrices of all scores in memory. Here masks come from numpy's SFC64, a byte an element, and attention
 goes over a few heads at a time, whose scores stay in the cache. Of scores none are kept: the backward pass computes them
 again, with the bytes that were drawn. As with torch's, an element is dropped with probability p, the others are
 divided by 1 - p (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html), and torch's generator decides.
