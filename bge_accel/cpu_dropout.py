@@ -7,6 +7,7 @@ again, with the bytes that were drawn. As with torch's, an element is dropped wi
 divided by 1 - p (Srivastava et al. 2014, https://jmlr.org/papers/v15/srivastava14a.html), and torch's generator decides.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -27,12 +28,17 @@ def use_cpu_dropout(backbone: Any) -> None:
         if type(module) is torch.nn.Dropout and 0 < module.p < 1:
             module.forward = partial(_drop_states, module)  # type: ignore[method-assign]
     if why_not(backbone) is None:
-        from transformers import AttentionInterface
-        from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+        set_attention(backbone, NAME, attention)
 
-        AttentionInterface.register(NAME, _attention)
-        AttentionMaskInterface.register(NAME, sdpa_mask)
-        backbone.set_attn_implementation(NAME)
+
+def set_attention(backbone: Any, name: str, function: Callable[..., Any]) -> None:
+    """Has a model attend by a function of ours, under a name of its own, with the masks that torch's attention gets."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(name, function)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    backbone.set_attn_implementation(name)
 
 
 class KeepMask:
@@ -200,7 +206,7 @@ def _probabilities(
     return torch.softmax(scores, -1, out=scores)
 
 
-def _attention(
+def attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -210,7 +216,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """transformers' attention function: (n, heads, length, head_dim) to (n, length, heads, head_dim)."""
+    """transformers' attention function for padded texts: (n, heads, length, head_dim) to (n, length, heads, head_dim)."""
     if not 0 < dropout < 1 or query.device.type != "cpu":
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

@@ -180,14 +180,7 @@ def encode_windows(
             error = None
             try:
                 with torch.inference_mode(), packed.used_for(batch.num_tokens):
-                    if is_unpadded:
-                        packed_batch = unpadded.pack(**micro_batch, config=config)
-                        inputs = {
-                            name: to_device(value, device) if isinstance(value, torch.Tensor) else value
-                            for name, value in packed_batch.items()
-                        }
-                    else:
-                        inputs = encoder_inputs(micro_batch, device)
+                    inputs = encoder_inputs(micro_batch, device, config if is_unpadded else None)
                     parts.append(encoder(**inputs).float())
             except (RuntimeError, MemoryError) as raised:
                 if rows == 1 or not is_out_of_memory(raised):

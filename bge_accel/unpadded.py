@@ -100,8 +100,7 @@ def why_not(backbone: Any) -> str | None:
         return "it is set up as a decoder"
     if getattr(config, "position_embedding_type", None) not in (None, "absolute"):
         return "its positions are relative"
-    current = config._attn_implementation
-    return None if attends_as_sdpa(config) else f"it was loaded with {current} attention"
+    return None if attends_as_sdpa(config) else f"it was loaded with {config._attn_implementation} attention"
 
 
 def attends_as_sdpa(config: Any) -> bool:
@@ -148,17 +147,12 @@ def use_kernel(backbone: Any, kernel: str) -> None:
     Raises:
         ValueError: there is no such kernel, or the model cannot run without padding.
     """
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r} is not one of {', '.join(KERNELS)}")
     reason = why_not(backbone)
     if reason is not None:
         raise ValueError(f"this model cannot run without padding: {reason}")
-    AttentionInterface.register(PREFIX + kernel, _attention)
-    AttentionMaskInterface.register(PREFIX + kernel, sdpa_mask)
-    backbone.set_attn_implementation(PREFIX + kernel)
+    cpu_dropout.set_attention(backbone, PREFIX + kernel, _attention)
 
 
 def _attention(
@@ -175,11 +169,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim)."""
     if starts is None:
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        return cpu_dropout.attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attend(module.config, query, key, value, starts, longest, dropout), None
