@@ -1,8 +1,9 @@
 """The order of training rows, and one group of passages drawn for each query: both pure functions of the position."""
 
+import heapq
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -18,6 +19,12 @@ class Rows(Protocol):
     def place(self, index: int) -> str: ...
     def passages(self, index: int) -> list[str]: ...
     def known_positives(self, index: int) -> set[str]: ...
+
+
+# Processes that divide their rows among themselves by tokens: so many, or as many as have so many rows together. More would
+# balance better, but each looks at the rows of all of them.
+PROCESSES_IN_GROUP, ROWS_IN_GROUP = 8, 1024
+BYTES_PER_TOKEN = 4  # in UTF-8, which says as much of Chinese as of English
 
 
 class RowOrder:
@@ -51,6 +58,48 @@ def batch_positions(batch: int, per_process: int, num_processes: int, process: i
     if total is not None:
         per_process = min(per_process, math.ceil((total - start) / num_processes))
     return range(start + process * per_process, start + (process + 1) * per_process)
+
+
+def balanced_positions(
+    batch: int, per_process: int, num_processes: int, process: int, total: int | None, cost: Callable[[int], int]
+) -> Sequence[int]:
+    """As `batch_positions`, with shares that cost nearly the same, so that no process waits long for another.
+
+    Together the shares are the same positions. Processes divide theirs in groups, so that on hundreds of GPUs none looks
+    at all rows.
+
+    Args:
+        cost: of a position; all processes have to find the same.
+    """
+    if num_processes == 1:
+        return batch_positions(batch, per_process, num_processes, process, total)
+    size = max(PROCESSES_IN_GROUP, ROWS_IN_GROUP // per_process)
+    first = process // size * size
+    group = range(first, min(first + size, num_processes))
+    shares = [batch_positions(batch, per_process, num_processes, other, total) for other in group]
+    positions = range(shares[0].start, shares[-1].stop)
+    own = equal_shares([cost(position) for position in positions], len(group))[process - first]
+    return [positions[place] for place in own]
+
+
+def equal_shares(costs: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Divides items into shares of as many items and nearly equal cost: the dearest first, each to the least laden share.
+
+    Graham 1969, https://doi.org/10.1137/0117039, with shares that are full when they have their number of items.
+
+    Returns:
+        Indices into `costs`, ascending in each share. `num_shares` has to divide their number.
+    """
+    size, rest = divmod(len(costs), num_shares)
+    assert rest == 0
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    laden = [(0, number) for number in range(num_shares)]
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        total, number = heapq.heappop(laden)
+        shares[number].append(item)
+        if len(shares[number]) < size:
+            heapq.heappush(laden, (total + costs[item], number))
+    return [sorted(share) for share in shares]
 
 
 class Example(NamedTuple):
@@ -93,23 +142,15 @@ def draw_example(
     Raises:
         ValueError: no negative can be found for a row.
     """
-    # Only random() is promised to give the same numbers in every version of Python.
-    rng = random.Random(f"{seed}-{epoch}-{row if key is None else key}").random
+    rng = _random(seed, epoch, row if key is None else key)
     data = rows[row]
     known = rows.known_positives(row)
     positives, negatives = data["pos"], data.get("neg") or []
-    drawn = int(rng() * len(positives))
-    passages, scores = [positives[drawn]], []
-    if teacher_scores:
-        scores.append(data["pos_scores"][drawn])
+    positive, drawn = _draw(rng, len(positives), len(negatives), group_size)
+    passages = [positives[positive], *(negatives[i] for i in drawn)]
+    scores = [data["pos_scores"][positive], *(data["neg_scores"][i] for i in drawn)] if teacher_scores else None
     while len(passages) < group_size:
-        if not negatives:
-            passages.append(draw_other_passage(rows, row, known, rng))
-            continue
-        order = _shuffled(len(negatives), rng)[: group_size - len(passages)]
-        passages += [negatives[i] for i in order]
-        if teacher_scores:
-            scores += [data["neg_scores"][i] for i in order]
+        passages.append(draw_other_passage(rows, row, known, rng))
     passage_ids = [text_id(text) for text in passages]
     if shuffle_ratio > 0 and len(passages[0]) > 100 and rng() < shuffle_ratio:
         size = len(passages[0]) // 3 + 1
@@ -122,8 +163,46 @@ def draw_example(
         passages=[passage_prefix + text for text in passages],
         passage_ids=passage_ids,
         known_ids=sorted(text_id(text) for text in known),
-        teacher_scores=scores if teacher_scores else None,
+        teacher_scores=scores,
     )
+
+
+def expected_tokens(
+    text_bytes: tuple[int, list[int], list[int]],
+    row: int,
+    epoch: int,
+    *,
+    seed: int,
+    group_size: int,
+    query_max_len: int,
+    passage_max_len: int,
+) -> int:
+    """About how many tokens `draw_example` will find for a row, from the lengths of its texts alone.
+
+    Args:
+        text_bytes: of the query, the positives and the negatives (`TrainingRows.text_bytes`). Where there are none of
+            these, other rows' passages are drawn and taken to be of half the greatest length.
+    """
+    query, positives, negatives = text_bytes
+    positive, drawn = _draw(_random(seed, epoch, row), len(positives), len(negatives), group_size)
+    passages = [positives[positive], *(negatives[i] for i in drawn)]
+    others = (group_size - len(passages)) * passage_max_len // 2
+    tokens = [min(length // BYTES_PER_TOKEN, passage_max_len) for length in passages]
+    return min(query // BYTES_PER_TOKEN, query_max_len) + sum(tokens) + others
+
+
+def _random(seed: int, epoch: int, row: int) -> Callable[[], float]:
+    # Only random() is promised to give the same numbers in every version of Python.
+    return random.Random(f"{seed}-{epoch}-{row}").random
+
+
+def _draw(rng: Callable[[], float], num_positives: int, num_negatives: int, group_size: int) -> tuple[int, list[int]]:
+    """Which of a row's positives and which of its negatives make its group; no negatives where it has none."""
+    positive = int(rng() * num_positives)
+    drawn: list[int] = []
+    while num_negatives and len(drawn) < group_size - 1:
+        drawn += _shuffled(num_negatives, rng)[: group_size - 1 - len(drawn)]
+    return positive, drawn
 
 
 def _shuffled(n: int, rng: Callable[[], float]) -> list[int]:

@@ -12,6 +12,7 @@ import os
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -117,6 +118,11 @@ class TrainingRows:
         file, inside = self._locate(index)
         return file.place(inside)
 
+    def text_bytes(self, index: int) -> tuple[int, list[int], list[int]]:
+        """UTF-8 bytes of a row's query, of each positive and of each negative; the texts are not read."""
+        file, inside = self._locate(index)
+        return file.text_bytes(inside)
+
     def passages(self, index: int) -> list[str]:
         """All passages of a row."""
         row = self[index]
@@ -173,6 +179,7 @@ class RowFile:
         table = pa.ipc.open_stream(pa.memory_map(arrow)).read_all()
         self._batches: list[pa.RecordBatch] = table.to_batches()
         self._num_rows = table.num_rows
+        self._places: dict[int, tuple[np.ndarray, list[tuple[np.ndarray, np.ndarray]]]] = {}
 
     def __len__(self) -> int:
         return self._num_rows
@@ -182,6 +189,19 @@ class RowFile:
         row = self._batches[batch].slice(inside, 1)
         fields = {name: row.column(name)[0].as_py() for name in FIELDS}
         return {name: value for name, value in fields.items() if value is not None}
+
+    def text_bytes(self, index: int) -> tuple[int, list[int], list[int]]:
+        """UTF-8 bytes of a row's query, of each positive and of each negative; the texts are not read."""
+        number, inside = divmod(index, ROWS_PER_BATCH)
+        if number not in self._places:
+            batch = self._batches[number]
+            lists = [batch.column(name) for name in ("pos", "neg")]
+            places = [(column.offsets.to_numpy(), _text_ends(column.values)) for column in lists]
+            self._places[number] = _text_ends(batch.column("query")), places
+        queries, lists_of = self._places[number]
+        bounds = [ends[starts[inside] : starts[inside + 1] + 1].tolist() for starts, ends in lists_of]
+        positives, negatives = ([end - start for start, end in pairwise(places)] for places in bounds)
+        return int(queries[inside + 1] - queries[inside]), positives, negatives
 
     def _column(self, name: str) -> "pa.ChunkedArray":
         import pyarrow as pa
@@ -210,6 +230,13 @@ class RowFile:
         import pyarrow.compute as pc
 
         return pc.fill_null(pc.list_value_length(self._column(name)), 0).to_numpy()
+
+
+def _text_ends(texts: "pa.LargeStringArray") -> np.ndarray:
+    """(texts + 1,) where in their bytes each text begins and the last ends: a view of the mapped file."""
+    if not len(texts):  # may have no buffer at all
+        return np.zeros(1, dtype=np.int64)
+    return np.frombuffer(texts.buffers()[1], dtype=np.int64, count=len(texts) + 1)
 
 
 def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:

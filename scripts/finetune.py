@@ -35,7 +35,7 @@ import numpy as np
 
 from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
-from bge_accel.data import Example, RowOrder, batch_positions, draw_example
+from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
 from bge_accel.jobs import leave_processes, progress
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
@@ -688,12 +688,33 @@ def main(cfg: Config) -> None:
         own = instruction_prefix(prompt, cfg.query_instruction_format)
         return feed.query_prefix if own is None else own
 
+    def cost_in(source: int) -> Callable[[int], int]:
+        """About how many tokens stand at a place of a source, or in all of them where they are mixed."""
+
+        def cost(place: int) -> int:
+            number, place = schedule[place] if cfg.mix_sources else (source, place)
+            feed = feeds[number]
+            assert feed.rows is not None and feed.order is not None
+            epoch, row = feed.order[place]
+            return expected_tokens(
+                feed.rows.text_bytes(row),
+                row,
+                epoch,
+                seed=cfg.seed,
+                group_size=feed.group_size,
+                query_max_len=cfg.query_max_len,
+                passage_max_len=cfg.passage_max_len,
+            )
+
+        return cost
+
     def batches(first: int) -> Iterator[Batch]:
         for index in itertools.count(first) if cfg.max_steps > 0 else range(first, num_batches):
             source, turn = (0, index) if cfg.mix_sources else schedule[index]
             lead = feeds[source]
             examples, sources = [], []
-            for place in batch_positions(turn, lead.batch_size, world, rank, end_of_data):
+            where = (turn, lead.batch_size, world, rank, end_of_data)
+            for place in batch_positions(*where) if cfg.streaming else balanced_positions(*where, cost_in(source)):
                 if cfg.mix_sources:
                     source, place = schedule[place]
                 feed = feeds[source]

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import os
+import random
 import re
 import subprocess
 import sys
@@ -13,7 +14,15 @@ from itertools import chain
 import pytest
 from backports import zstd
 
-from bge_accel.data import RowOrder, batch_positions, draw_example
+from bge_accel.data import (
+    BYTES_PER_TOKEN,
+    RowOrder,
+    balanced_positions,
+    batch_positions,
+    draw_example,
+    equal_shares,
+    expected_tokens,
+)
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten, text_id
 from bge_accel.rows import TrainingRows
 
@@ -354,6 +363,107 @@ def test_a_global_batch_is_the_same_for_every_number_of_processes(world, total):
     assert seen == list(range(len(seen))) and total <= len(seen) < total + world
     full = [position for rank in range(world) for position in batch_positions(3, per_process, world, rank, None)]
     assert full == list(range(24, 32))
+
+
+# ---- shares of as many tokens
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_shares_have_as_many_items_and_nearly_equal_costs(seed):
+    rng = random.Random(seed)
+    num_shares, size = rng.randint(1, 12), rng.randint(1, 40)
+    costs = [int(rng.lognormvariate(4, 1)) for _ in range(num_shares * size)]
+    shares = equal_shares(costs, num_shares)
+    assert sorted(chain(*shares)) == list(range(len(costs)))
+    assert all(share == sorted(share) and len(share) == size for share in shares)
+    laden = [sum(costs[item] for item in share) for share in shares]
+    # The last item that a share got came when it was the least laden of those with room.
+    assert max(laden) - min(laden) <= max(costs)
+    if size >= 16:
+        in_order = [sum(costs[i * size : (i + 1) * size]) for i in range(num_shares)]
+        assert max(laden) - min(laden) <= (max(in_order) - min(in_order)) / 4
+
+
+@pytest.mark.parametrize("costs", [[], [7], [3, 3, 3, 3], [0, 0, 9, 0]])
+def test_shares_of_few_or_equal_items(costs):
+    for num_shares in (count for count in (1, 2, 4) if len(costs) % count == 0):
+        assert sorted(chain(*equal_shares(costs, num_shares))) == list(range(len(costs)))
+
+
+@pytest.mark.parametrize("total", [None, 60, 85, 90])
+@pytest.mark.parametrize(("world", "per_process"), [(1, 8), (2, 4), (3, 5), (11, 2), (20, 400)])
+def test_balanced_shares_are_together_the_same_global_batch(world, per_process, total):
+    looked_at = set()
+
+    def cost(position):
+        looked_at.add(position)
+        return random.Random(position).randint(1, 1000)
+
+    batch = 0 if total is None else total // (world * per_process)
+    if total is not None and total <= batch * world * per_process:
+        batch -= 1
+    together, plain = [], []
+    for rank in range(world):
+        looked_at.clear()
+        share = list(balanced_positions(batch, per_process, world, rank, total, cost))
+        assert share == sorted(share)
+        together += share
+        plain.append(list(batch_positions(batch, per_process, world, rank, total)))
+        assert len(share) == len(plain[-1])
+        assert len(looked_at) <= max(8 * per_process, 1024)
+    assert sorted(together) == list(chain(*plain))
+
+
+def test_groups_of_processes_keep_to_their_own_rows():
+    shares = [balanced_positions(0, 400, 20, rank, None, lambda position: position % 97) for rank in range(20)]
+    for first, end in ((0, 8), (8, 16), (16, 20)):
+        assert sorted(chain(*shares[first:end])) == list(range(first * 400, end * 400))
+
+
+def test_lengths_of_texts_are_those_of_the_texts(write):
+    texts = ["", "a", "é" * 3, "检索", "😀", "word " * 50]
+    rng = random.Random(1)
+    data = [
+        {
+            "query": f"q{i}" + rng.choice(texts),
+            "pos": [f"p{i}" + rng.choice(texts) for _ in range(rng.randint(1, 3))],
+            **({} if i % 5 == 0 else {"neg": [f"n{i}" + rng.choice(texts) for _ in range(rng.randint(0, 4))]}),
+        }
+        for i in range(2100)
+    ]
+    without = [{"query": row["query"], "pos": row["pos"]} for row in data[:3]]
+    paths = [write("a.jsonl", data), write("b.jsonl", without)]
+    for rows in (TrainingRows(paths), TrainingRows(paths, max_rows_per_file=900, seed=2)):
+        for index in [*random.Random(2).sample(range(len(rows)), 500), 0, len(rows) - 1]:
+            row = rows[index]
+            query, positives, negatives = rows.text_bytes(index)
+            assert query == len(row["query"].encode())
+            assert positives == [len(text.encode()) for text in row["pos"]]
+            assert negatives == [len(text.encode()) for text in row.get("neg") or []]
+        with pytest.raises(IndexError):
+            rows.text_bytes(len(rows))
+
+
+@pytest.mark.parametrize("group_size", [1, 2, 4, 9])
+def test_expected_tokens_are_those_of_the_texts_that_are_drawn(write, group_size):
+    rng = random.Random(3)
+    data = [
+        {"query": "q" * rng.randint(1, 99), "pos": ["p" * rng.randint(1, 300) for _ in range(3)],
+         "neg": ["n" * rng.randint(1, 300) for _ in range(5)]}
+        for _ in range(40)
+    ]  # fmt: skip
+    rows = TrainingRows([write("a.jsonl", [*data, {"query": "none", "pos": ["p" * 40]}])])
+    settings = {"seed": 4, "group_size": group_size}
+    for row in range(40):
+        for epoch in (0, 1):
+            example = draw_example(rows, row, epoch, **settings)
+            expected = min(len(example.query) // BYTES_PER_TOKEN, 16)
+            expected += sum(min(len(text) // BYTES_PER_TOKEN, 50) for text in example.passages)
+            lengths = rows.text_bytes(row)
+            assert expected_tokens(lengths, row, epoch, **settings, query_max_len=16, passage_max_len=50) == expected
+    lengths = rows.text_bytes(40)
+    found = expected_tokens(lengths, 40, 0, **settings, query_max_len=16, passage_max_len=50)
+    assert found == 1 + 10 + 25 * (group_size - 1), "other rows' passages are taken to be of half the length"
 
 
 # ---- drawing

@@ -3,12 +3,14 @@
 import json
 import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from conftest import Run, build_tiny_model
+from conftest import REPO, Run, build_tiny_model
 from safetensors.numpy import load_file
 
 from bge_accel import EmbeddingModel
@@ -150,6 +152,38 @@ def test_two_processes_train_as_one_with_the_whole_batch(tmp_path: Path, steady_
             assert ours[key] == pytest.approx(theirs[key], rel=1e-3), key
     assert len(log(tmp_path / "one")) == 4
     assert_same_weights(tmp_path / "one", tmp_path / "two", 1e-6)
+
+
+@pytest.mark.parametrize("more", [[], ["--mix_sources"]])
+def test_processes_get_as_many_tokens(tmp_path: Path, tiny_model: str, more: list[str]) -> None:
+    rng = random.Random(5)
+    for name, longest in (("short", 10), ("long", 60)):
+        with open(tmp_path / f"{name}.jsonl", "w", encoding="utf-8") as file:
+            for i in range(48):
+                texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, longest))) + f" {name} {i} {j}" for j in range(3)]
+                file.write(json.dumps({"query": f"{name} {i}", "pos": texts[:1], "neg": texts[1:]}) + "\n")
+    sources = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("short", "long")]
+    (tmp_path / "sources.yaml").write_text(yaml.safe_dump(sources))
+    args = [
+        *("--model_name_or_path", tiny_model, "--train_data", tmp_path / "sources.yaml", *more),
+        *("--output_dir", "out", "--per_device_train_batch_size", 8, "--train_group_size", 3, "--max_steps", 6),
+    ]
+    spied = [str(REPO / "tests" / "spy_texts.py"), str(REPO / "scripts" / "finetune.py"), *map(str, args)]
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *spied],
+        cwd=tmp_path,
+        env={**os.environ, "SPY_TEXTS": str(tmp_path / "texts")},
+        check=True,
+        capture_output=True,
+    )
+    seen = [[json.loads(line) for line in open(tmp_path / f"texts-{rank}.jsonl")] for rank in (0, 1)]
+    for step in range(6):
+        queries, passages = ([of_rank[2 * step + part] for of_rank in seen] for part in (0, 1))
+        assert [len(texts) for texts in queries] == [8, 8] and not set(queries[0]) & set(queries[1])
+        size = [sum(len(text.encode()) for text in texts) for texts in passages]
+        # Of 16 rows at random the halves differ by a third and more.
+        assert max(size) / min(size) < 1.1
+    assert len({query for texts in seen[0][:12:2] + seen[1][:12:2] for query in texts}) > 80, "no row came twice early"
 
 
 def test_accumulated_batches_equal_one_batch_without_in_batch_negatives(
