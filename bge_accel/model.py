@@ -1,7 +1,9 @@
 """The encoder with its pooling and normalisation: loading, saving, and what a checkpoint says of itself."""
 
+import importlib.util
 import json
 import os
+import shutil
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +15,7 @@ from bge_accel.reading import is_inside, load_json, shorten
 from bge_accel.unpadded import pool_packed
 
 POOLING_METHODS = ("cls", "mean", "last_token")
+MOST_PROGRAMS = 16  # of `compile_layers`
 # Our names are FlagEmbedding's; these are sentence-transformers'.
 _POOLING_TO_ST = {"cls": "cls", "mean": "mean", "last_token": "lasttoken"}
 _POOLING_FROM_ST = {
@@ -353,6 +356,31 @@ def enable_gradient_checkpointing(backbone: Any) -> None:
     # transformers 5.20 renamed it.
     enable = getattr(backbone, "activation_checkpointing_enable", None) or backbone.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+
+
+def compile_layers(backbone: Any) -> None:
+    """Has torch.compile make one program of what the layers of a transformer have in common, for texts of any length.
+
+    A handful is made in all, each at its first use: with and without gradients, with and without padding, for several
+    texts and for one. What stands around the layers runs as before.
+
+    Raises:
+        ValueError: there is no compiler for what torch.compile writes.
+    """
+    on_gpu = next(backbone.parameters()).device.type == "cuda"
+    if on_gpu and importlib.util.find_spec("triton") is None:
+        raise ValueError("--torch_compile needs the package triton on a GPU, and it is not installed; drop the flag")
+    compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]
+    if not on_gpu and not any(map(shutil.which, compilers)):
+        raise ValueError(
+            f"--torch_compile needs a C++ compiler, and there is no {' or '.join(compilers)}; drop the flag"
+        )
+    # After so many torch.compile gives up, with a warning, and runs the layer as it is.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, MOST_PROGRAMS)
+    for layers in backbone.modules():
+        if isinstance(layers, torch.nn.ModuleList):
+            for layer in layers:
+                layer.compile(dynamic=True)
 
 
 def save_encoder(

@@ -14,7 +14,7 @@ _LAUNCH = "say so to `accelerate launch` (or in its YAML): it decides how to run
 _PREPARE = Refusal("batches are prepared in a background thread; drop the flag", ("0", "False", "True"))
 _DECODER = Refusal("only encoders are trained here; decoders with LoRA are not", ("False",))
 _TRACKER = Refusal("set it by the tracker's own environment variables")
-_COMPILE = Refusal("compilation is not offered; drop the flag", ("False",))
+_KERNELS = Refusal("kernels are torch's own; drop the flag, or try --torch_compile", ("False",))
 _M3 = Refusal(
     "only dense embeddings are trained here, not bge-m3's sparse and multi-vector heads", ("False", "0", "-1")
 )
@@ -65,14 +65,13 @@ REFUSED: dict[str, Refusal] = {
     "ddp_broadcast_buffers": Refusal("buffers are constant and not broadcast; drop the flag", ("False",)),
     "ddp_static_graph": Refusal("the graph changes with the batch; drop the flag", ("False",)),
     "ddp_timeout": Refusal("torch's own time-out is used; drop the flag", ("1800",)),
-    "torch_compile": _COMPILE,
-    "torch_compile_backend": _COMPILE,
-    "torch_compile_mode": _COMPILE,
-    "torchdynamo": _COMPILE,
-    "jit_mode_eval": _COMPILE,
-    "use_ipex": _COMPILE,
-    "use_liger_kernel": _COMPILE,
-    "liger_kernel_config": _COMPILE,
+    "torch_compile_backend": Refusal("--torch_compile takes torch's own; drop the flag", ("inductor",)),
+    "torch_compile_mode": Refusal("--torch_compile takes torch's own; drop the flag", ("default",)),
+    "torchdynamo": Refusal("--torch_compile", ("inductor",)),
+    "jit_mode_eval": _KERNELS,
+    "use_ipex": _KERNELS,
+    "use_liger_kernel": _KERNELS,
+    "liger_kernel_config": _KERNELS,
     "tf32": Refusal("set TORCH_ALLOW_TF32_CUBLAS_OVERRIDE=1, or train in --bf16", ("False",)),
     # evaluation, checkpoints, hub
     **{

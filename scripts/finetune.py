@@ -204,6 +204,11 @@ class Config:
         "(on a GPU, in half precision), or plain: text by text, slowly, anywhere",
         group="precision and memory",
     )
+    torch_compile: bool = option(
+        False,
+        "compile the encoder's layers: a minute at the start, then faster steps on many GPUs; not with FSDP or DeepSpeed",
+        group="precision and memory",
+    )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass; default: what suits the device", group="precision and memory"
     )
@@ -311,6 +316,8 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--num_train_epochs is {cfg.num_train_epochs}: it has to be above 0")
     if cfg.fp16 + cfg.bf16 + cfg.pure_bf16 + (cfg.mixed_precision is not None) > 1:
         raise ValueError("--fp16, --bf16, --pure_bf16 and --mixed_precision exclude each other; give one of them")
+    if cfg.torch_compile and cfg.attention == "plain":
+        raise ValueError("--attention plain goes text by text, which --torch_compile cannot compile; drop one of them")
     if cfg.activation_memory_budget is not None and cfg.activation_memory_budget < 0:
         raise ValueError(f"--activation_memory_budget is {cfg.activation_memory_budget}: it has to be 0 or more")
     if cfg.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
@@ -475,7 +482,13 @@ def main(cfg: Config) -> None:
     from bge_accel.flops import flops_per_token
     from bge_accel.half_precision import Bf16Copy
     from bge_accel.losses import contrastive_loss, known_positive_pairs
-    from bge_accel.model import enable_gradient_checkpointing, instruction_prefix, load_encoder, save_encoder
+    from bge_accel.model import (
+        compile_layers,
+        enable_gradient_checkpointing,
+        instruction_prefix,
+        load_encoder,
+        save_encoder,
+    )
     from bge_accel.precision import choose_precision
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
@@ -489,6 +502,9 @@ def main(cfg: Config) -> None:
     if deepspeed_config is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
+    if cfg.torch_compile and asked:
+        with user_errors():
+            raise ValueError("--torch_compile is for one process or DDP, not for FSDP or DeepSpeed; drop the flag")
     asked_precision = cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 or cfg.pure_bf16 else None)
     precision, warning = choose_precision(
         asked_precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), torch.device("cpu" if on_cpu else "cuda")
@@ -639,7 +655,8 @@ def main(cfg: Config) -> None:
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.backbone)
     if device.type == "cpu":
-        use_cpu_dropout(encoder.backbone)
+        if not cfg.torch_compile:  # which cannot look into it
+            use_cpu_dropout(encoder.backbone)
         if world == 1 and not is_sharded and not pure_bf16:
             add_gradients_in_place(encoder.backbone)
     if cfg.attention != "padded":
@@ -785,7 +802,11 @@ def main(cfg: Config) -> None:
             accelerator, per_device_batch_size=cfg.per_device_train_batch_size, max_grad_norm=cfg.max_grad_norm
         )
     half = Bf16Copy(encoder.to(device)) if pure_bf16 else None
-    model, optimizer = accelerator.prepare(half.model if half is not None else encoder, optimizer)
+    computing = encoder.to(device) if half is None else half.model
+    if cfg.torch_compile:
+        with user_errors():
+            compile_layers(computing.backbone)
+    model, optimizer = accelerator.prepare(computing, optimizer)
     engine = accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
     if is_sharded:  # weights are gathered in each pass; what is kept is up to FSDP and DeepSpeed
         activations = ActivationBudget(0)
@@ -986,10 +1007,12 @@ def main(cfg: Config) -> None:
         """Retrieval on each of `eval_data` by all processes, into the log; the best weights so far are kept."""
         assert best is not None
         started = time.perf_counter()
-        metrics = {
-            name: evaluate_in_training(model, tokenizer, data, encoding, device=device)
-            for name, data in eval_sets.items()
-        }
+        # Compiled, the layers would be compiled anew for what encoding does to them.
+        with torch.compiler.set_stance("force_eager") if cfg.torch_compile else nullcontext():
+            metrics = {
+                name: evaluate_in_training(model, tokenizer, data, encoding, device=device)
+                for name, data in eval_sets.items()
+            }
         seconds = time.perf_counter() - started
         measured[step] = metrics
         is_best = best.update(step, metrics)

@@ -204,11 +204,14 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
             batch = data.batch(name, 16, 4, lengths, equal)
             batch["job"] |= {"task": "train", "precision": precision, "steps": 2, "pooling": pooling}
             batch["job"] |= {"model_name_or_path": shipped} if drops else {}
-            with_pure = precision == "bf16" and pooling == "mean"
+            own = {"bge_accel --pure_bf16": {"flags": ["--pure_bf16"]}} if precision == "bf16" else {}
+            if device == "cuda":  # on a CPU it does not pay
+                flags = ["--torch_compile", *(["--bf16"] if precision == "bf16" else [])]
+                own |= {"bge_accel --torch_compile": {"flags": flags}}
             yield Comparison(
                 name=name,
                 title=f"training step, {precision}, 16 x (1 + 4), {title}",
-                tools={**every, "bge_accel --pure_bf16": {"flag": "--pure_bf16"}} if with_pure else every,
+                tools={**every, **(own if pooling == "mean" else {})},
                 tolerance=None if drops else tolerance,  # each draws its own masks
                 limit=f"step {precision}",
                 **batch,
@@ -220,7 +223,7 @@ def all_comparisons(cfg: Config, data: Data, model: str, device: str) -> Iterato
         title="training step, fp32, 2,048 x (1 + 1) of at most 32 tokens; sentence-transformers with its cached loss",
         tools={
             "bge_accel": {},
-            "bge_accel --activation_memory_budget 0": {"flag": "--activation_memory_budget=0"},
+            "bge_accel --activation_memory_budget 0": {"flags": ["--activation_memory_budget=0"]},
             "sentence-transformers": {"mini_batch_size": 64},
         },
         tolerance=1e-3,

@@ -57,7 +57,7 @@ def common_flags(job: dict) -> list[str]:
 def run_training(job: dict) -> list[tuple[float, float, float]]:
     """When each step ended (seconds since the epoch), its seconds and its loss."""
     if job["tool"].startswith("bge_accel"):
-        flags = [job["flag"]] if "flag" in job else ["--bf16"] if job["precision"] == "bf16" else []
+        flags = job.get("flags", ["--bf16"] if job["precision"] == "bf16" else [])
         run_script([str(SCRIPTS / "finetune.py"), *common_flags(job), *flags])
         log = os.path.join(job["output_dir"], "train_log.jsonl")
         written = os.stat(log).st_mtime  # with the last step's line
