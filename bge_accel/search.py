@@ -18,9 +18,9 @@ from bge_accel.reading import first_line, installed_version, load_json, shorten
 from bge_accel.store import EmbeddingStore
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.
-ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 512
-GROUP = 64  # scores that are compared by their largest alone
-GPU_BLOCK_FACTOR = 8  # a GPU wants larger blocks, of corpus and of queries: a gigabyte of scores
+ADD_BLOCK, CORPUS_BLOCK, QUERY_BLOCK = 65536, 8192, 1024
+GPU_CORPUS_BLOCK, GPU_QUERY_BLOCK = 65536, 4096  # a gigabyte of scores
+GROUP = 32  # scores that are compared by their largest alone
 MAX_TRAINING_VECTORS = 1_000_000
 FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", "faiss-gpu-cu12")
 
@@ -28,13 +28,13 @@ FAISS_PACKAGES = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs", "faiss-gpu-cu11", 
 def build_index(corpus_emb: Any, index_factory: str = "Flat", *, use_gpu: bool = False) -> Any:
     """An index of `corpus_emb` (n, dim) for `search`; "Flat" is exact.
 
-    Any other FAISS index string ("HNSW32", "IVF1024,Flat", "IVF4096,PQ64", ...) searches approximately. What has to be
-    trained is trained on the embeddings themselves, at most a million of them, drawn always alike. An IVF index visits
-    the square root of its number of lists. Without FAISS there is "Flat" alone; the index then is `corpus_emb` itself,
-    as it is with "Flat" for a mapped file and a store, which are not copied into memory.
+    With "Flat" the index is `corpus_emb` itself, not a copy of it, and FAISS is not needed. Any other FAISS index string
+    ("HNSW32", "IVF1024,Flat", "IVF4096,PQ64", ...) searches approximately. What has to be trained is trained on the
+    embeddings themselves, at most a million of them, drawn always alike. An IVF index visits the square root of its
+    number of lists.
 
     Args:
-        corpus_emb: array, `numpy.memmap` or `EmbeddingStore`.
+        corpus_emb: array, `numpy.memmap` or `EmbeddingStore`; not to be changed while the index is in use.
         use_gpu: FAISS on all GPUs, each with a part of the corpus in float16; for "Flat" without a FAISS that knows
             GPUs, or from a file, PyTorch on the first one, in float32.
 
@@ -47,15 +47,17 @@ def build_index(corpus_emb: Any, index_factory: str = "Flat", *, use_gpu: bool =
         raise ValueError(f"an index needs embeddings (n, dim) with n at least 1, not {corpus_emb.shape}")
     faiss = _import_faiss(index_factory)
     on_gpu = use_gpu and _faiss_uses_gpu(faiss, index_factory)
-    for_torch = isinstance(corpus_emb, np.memmap | EmbeddingStore) or (use_gpu and not on_gpu)
-    in_place = index_factory == "Flat" and for_torch
-    if isinstance(corpus_emb, EmbeddingStore) and (in_place or faiss is None):
+    in_place = index_factory == "Flat" and (
+        not on_gpu or isinstance(corpus_emb, np.memmap | EmbeddingStore)  # which may be larger than what GPUs hold
+    )
+    if in_place and isinstance(corpus_emb, EmbeddingStore):
         return corpus_emb  # only what is finite was written
     blocks = _float32_blocks(corpus_emb, ADD_BLOCK, "passage")
-    if faiss is None or in_place:
+    if in_place:
         for _ in blocks:  # only to see that all are finite
             pass
         return corpus_emb
+    assert faiss is not None
     index = _empty_index(faiss, corpus_emb.shape[1], index_factory)
     try:
         if not index.is_trained:
@@ -254,11 +256,6 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
 
 
 def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    import faiss
-
-    if isinstance(index, faiss.IndexFlat):  # the block search decides ties, and its matrix product is the faster one
-        vectors = faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(index.ntotal, index.d)
-        return _search_torch(vectors, q_emb, k, "cpu")
     scores, indices = index.search(q_emb, k)
     scores[indices < 0] = -np.inf
     order = np.lexsort((indices, -scores), axis=-1)
@@ -274,33 +271,36 @@ def _search_torch(
 
     `topk` keeps any of equal values. So each score is made one integer with its passage's number: the upper half sorts
     as the score does, the lower half counts the passages down. Making and sorting these is what costs beside the
-    product itself, so it is done for few: those that score at least as much as the k-th of the block or, once a query
-    has k passages, more than the last of them (a later passage of the same score has the larger number and loses).
+    product itself, so it is done for few: those that score at least as much as the k-th of the first block's largest of
+    each group or, once a query has k passages, more than the last of them (a later passage of the same score has the
+    larger number and loses).
     """
     import torch
 
     device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    factor = GPU_BLOCK_FACTOR if device.type == "cuda" else 1
+    on_gpu = device.type == "cuda"
+    corpus_block, query_block = (GPU_CORPUS_BLOCK, GPU_QUERY_BLOCK) if on_gpu else (CORPUS_BLOCK, QUERY_BLOCK)
     num_passages = len(corpus_emb)
-    queries = torch.from_numpy(q_emb).to(device).split(QUERY_BLOCK * factor)
+    queries = torch.from_numpy(q_emb).to(device).split(query_block)
     best = [torch.empty((len(rows), 0), dtype=torch.int64, device=device) for rows in queries]
-    buffer = torch.empty(len(queries[0]) * min(CORPUS_BLOCK * factor, num_passages), device=device)
-    for start in range(0, num_passages, CORPUS_BLOCK * factor):
-        block = _tensor(corpus_emb[start : start + CORPUS_BLOCK * factor]).to(device).float()
+    buffer = torch.empty(len(queries[0]) * min(corpus_block, num_passages), device=device)
+    for start in range(0, num_passages, corpus_block):
+        block = _tensor(corpus_emb[start : start + corpus_block]).to(device).float()
         countdown = num_passages - 1 - torch.arange(start, start + len(block), device=device)
         for part, rows in enumerate(queries):
             scores = buffer[: len(rows) * len(block)].view(len(rows), len(block))
             torch.mm(rows, block.T, out=scores)
+            size = GROUP if len(block) % GROUP == 0 else 1
+            largest = scores.view(len(rows), -1, size).amax(dim=2)
             if best[part].shape[1] == k:
                 last = _sortable((best[part][:, -1] >> 32).int()).view(torch.float32)
-                row, column = _places(scores, last)
-            elif k < len(block):
-                last = scores.topk(k, dim=1).values[:, -1]
-                row, column = _places(scores, last.nextafter(last.new_tensor(-torch.inf)))
+            elif k <= largest.shape[1]:  # k scores are at least as large as the k-th of these
+                last = largest.topk(k, dim=1).values[:, -1].nextafter(scores.new_tensor(-torch.inf))
             else:
-                row, column = _places(scores, scores.new_full((len(rows),), -torch.inf))
+                last = scores.new_full((len(rows),), -torch.inf)
+            row, column, found_scores = _places(scores, largest, last)
             if len(row):
-                found = _keys(scores[row, column], countdown[column])
+                found = _keys(found_scores, countdown[column])
                 num_found = torch.bincount(row, minlength=len(rows))
                 rank = torch.arange(len(row), device=device) - (num_found.cumsum(0) - num_found)[row]
                 keys = found.new_full((len(rows), int(num_found.max())), torch.iinfo(torch.int64).min)
@@ -324,18 +324,26 @@ def _tensor(rows: np.ndarray) -> Any:
     return torch.from_numpy(rows)
 
 
-def _places(scores: Any, last: Any) -> tuple[Any, Any]:
-    """Row and column of the scores (n, m) that are larger than their row's `last` (n,), row by row.
+def _places(scores: Any, largest: Any, last: Any) -> tuple[Any, Any, Any]:
+    """Row and column of the scores (n, m) that are larger than their row's `last` (n,), row by row, and these scores.
 
-    Most groups of scores hold none, which their maximum shows.
+    Most groups of scores hold none, which their `largest` (n, groups) shows.
     """
-    size = GROUP if scores.shape[1] % GROUP == 0 else 1
-    groups = scores.view(len(scores), -1, size)
-    group = _true_places((groups.amax(dim=2) > last[:, None]).view(-1))
-    row = group // groups.shape[1]
-    place = _true_places((groups.view(-1, size)[group] > last[row][:, None]).view(-1))
-    which = place // size
-    return row[which], group[which] % groups.shape[1] * size + place % size
+    count, size = largest.shape[1], scores.shape[1] // largest.shape[1]
+    group = _true_places((largest > last[:, None]).view(-1))
+    row, first = _divided(group, count)
+    chosen = scores.view(-1, size).index_select(0, group)
+    place = _true_places((chosen > last.index_select(0, row)[:, None]).view(-1))
+    which, within = _divided(place, size)
+    column = first.index_select(0, which) * size + within
+    return row.index_select(0, which), column, chosen.view(-1).index_select(0, place)
+
+
+def _divided(numbers: Any, size: int) -> tuple[Any, Any]:
+    """Quotients and remainders, faster by a power of two."""
+    if size & (size - 1):
+        return numbers // size, numbers % size
+    return numbers >> (size.bit_length() - 1), numbers & (size - 1)
 
 
 def _keys(scores: Any, countdown: Any) -> Any:
@@ -364,8 +372,10 @@ def _float32_blocks(embeddings: Any, size: int, what: str) -> Iterator[np.ndarra
         block = np.ascontiguousarray(embeddings[start : start + size], dtype=np.float32)
         if not block.flags.writeable:  # a view of a mapped file, which torch would warn of
             block = block.copy()
-        finite = np.isfinite(block).all(axis=1)
-        if not finite.all():
+        with np.errstate(all="ignore"):
+            total = block.sum()
+        # Finite only if all are; where it overflows, each is looked at.
+        if not np.isfinite(total) and not (finite := np.isfinite(block).all(axis=1)).all():
             raise ValueError(
                 f"the embedding of {what} {start + int(finite.argmin())} (counted from 0) is not finite: the model "
                 "overflows in this precision, or its weights are damaged"

@@ -278,9 +278,11 @@ def test_a_mapped_file_is_read_without_a_copy_and_without_a_warning(tmp_path):
 def test_the_places_of_large_scores(width):
     scores = torch.from_numpy(np.random.default_rng(width).standard_normal((30, width)).astype(np.float32))
     last = torch.linspace(-4, 4, 30)
-    row, column = search_module._places(scores, last)
+    size = 32 if width % 32 == 0 else 1
+    row, column, found = search_module._places(scores, scores.view(30, -1, size).amax(dim=2), last)
     expected = np.nonzero(scores.numpy() > last.numpy()[:, None])
     np.testing.assert_array_equal(row, expected[0])
+    np.testing.assert_array_equal(found, scores[row, column])
     assert sorted(zip(row.tolist(), column.tolist(), strict=True)) == list(
         zip(*map(np.ndarray.tolist, expected), strict=True)
     )
@@ -388,7 +390,7 @@ def test_a_corpus_spread_over_processes(tmp_path):
     assert [process.exitcode for process in processes] == [0] * 3
 
 
-@pytest.mark.parametrize("index_factory", ["Flat", "IVF16,Flat", "HNSW16"])
+@pytest.mark.parametrize("index_factory", ["IVF16,Flat", "HNSW16"])
 def test_a_saved_index_answers_alike(index_factory, tmp_path):
     pytest.importorskip("faiss")
     corpus_emb, q_emb = unit_vectors(2000), unit_vectors(20, seed=1)
