@@ -27,7 +27,7 @@ def use_cpu_dropout(backbone: Any) -> None:
     for module in backbone.modules():
         if type(module) is torch.nn.Dropout and 0 < module.p < 1:
             module.forward = partial(_drop_states, module)  # type: ignore[method-assign]
-    if why_not(backbone) is None:
+    if why_not(backbone.config) is None:
         set_attention(backbone, NAME, attention)
 
 

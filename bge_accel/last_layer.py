@@ -20,21 +20,13 @@ def prepare(backbone: Any) -> bool:
     `pooled_tokens` is an argument of the model, (n,) int: of n padded texts the place of one token in each, and the
     states are (n, 1, dim); of n packed texts places in the row, and they are (1, n, dim). Without it nothing is changed.
     """
-    if not can_choose(backbone.config) or not type(backbone).__module__.startswith("transformers.models."):
+    if unpadded.why_not(backbone.config) is not None or not type(backbone).__module__.startswith(
+        "transformers.models."
+    ):
         return False
     layer = backbone.encoder.layer[-1]
     layer.forward = partial(_forward, layer)
     return True
-
-
-def can_choose(config: Any) -> bool:
-    """Whether a model of this configuration, with the attention that it uses now, can do so."""
-    return (
-        config.model_type in unpadded.MODEL_TYPES
-        and not getattr(config, "is_decoder", False)
-        and getattr(config, "position_embedding_type", None) in (None, "absolute")
-        and unpadded.attends_as_sdpa(config)
-    )
 
 
 def linears_once_a_text(backbone: Any) -> list[torch.nn.Linear]:

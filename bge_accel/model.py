@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bge_accel import last_layer
 from bge_accel.reading import is_inside, load_json, shorten
-from bge_accel.unpadded import pool_packed
+from bge_accel.unpadded import pool_packed, why_not
 
 POOLING_METHODS = ("cls", "mean", "last_token")
 MOST_PROGRAMS = 16  # of `compile_layers`
@@ -113,7 +113,7 @@ class Encoder(torch.nn.Module):
     @property
     def pools_one_token(self) -> bool:
         """Whether the last layer computes no more than the token of each text that becomes its embedding."""
-        return self._knows_tokens and last_layer.can_choose(self.config)
+        return self._knows_tokens and why_not(self.config) is None
 
     def forward(
         self,
@@ -129,7 +129,7 @@ class Encoder(torch.nn.Module):
             packed: instead of the mask, what `unpadded.pack` gives, after `unpadded.use_kernel`.
         """
         mask = attention_mask
-        if mask is not None and is_padded is not None and last_layer.can_choose(self.config):
+        if mask is not None and is_padded is not None and why_not(self.config) is None:
             mask = mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1) if is_padded else None
         inputs = {"input_ids": input_ids, "attention_mask": mask, **packed}
         if self.pools_one_token:

@@ -84,16 +84,15 @@ def choose_kernel(backbone: Any) -> str | None:
         return None
     config = backbone.config
     head_dim = config.hidden_size // max(getattr(config, "num_attention_heads", 1), 1)
-    if why_not(backbone) is not None or head_dim % 8 or head_dim > 256:
+    if why_not(config) is not None or head_dim % 8 or head_dim > 256:
         return None
     if importlib.util.find_spec("torch.nn.attention.varlen") and torch.backends.cuda.is_flash_attention_available():
         return "torch"
     return "flash_attn" if importlib.util.find_spec("flash_attn") else None
 
 
-def why_not(backbone: Any) -> str | None:
-    """Why a model cannot run without padding, or None where it can."""
-    config = backbone.config
+def why_not(config: Any) -> str | None:
+    """Why a model of this configuration, with the attention that it uses now, cannot run without padding; None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f"models of type {config.model_type} are not supported ({', '.join(MODEL_TYPES)} are)"
     if getattr(config, "is_decoder", False):
@@ -108,8 +107,8 @@ def attends_as_sdpa(config: Any) -> bool:
     return config._attn_implementation in ("sdpa", cpu_dropout.NAME) or is_in_use(config)
 
 
-def check_kernel(backbone: Any, kernel: str, device: torch.device, precision: str) -> None:
-    """Whether a model can be trained with a kernel there.
+def check_kernel(kernel: str, device: torch.device, precision: str) -> None:
+    """Whether a kernel can train there.
 
     Args:
         precision: what is computed in: "float32", "bf16", "fp16", "pure bf16".
@@ -127,7 +126,11 @@ def check_kernel(backbone: Any, kernel: str, device: torch.device, precision: st
     module = "torch.nn.attention.varlen" if kernel == "torch" else kernel
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"--attention {kernel} needs the module {module}, which is not installed")
-    dropout = getattr(backbone.config, "attention_probs_dropout_prob", 0.0)
+
+
+def check_dropout(kernel: str, config: Any) -> None:
+    """Raises ValueError where a kernel cannot drop what a model of this configuration drops in training."""
+    dropout = getattr(config, "attention_probs_dropout_prob", 0.0)
     if kernel == "torch" and dropout:
         raise ValueError(
             f"--attention torch has no dropout, and the model drops {dropout:g} of its attention in training; take "
@@ -149,7 +152,7 @@ def use_kernel(backbone: Any, kernel: str) -> None:
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r} is not one of {', '.join(KERNELS)}")
-    reason = why_not(backbone)
+    reason = why_not(backbone.config)
     if reason is not None:
         raise ValueError(f"this model cannot run without padding: {reason}")
     cpu_dropout.set_attention(backbone, PREFIX + kernel, _attention)

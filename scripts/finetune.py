@@ -493,7 +493,7 @@ def main(cfg: Config) -> None:
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
     from bge_accel.transfer import to_device, to_host
-    from bge_accel.unpadded import check_kernel, use_kernel
+    from bge_accel.unpadded import check_dropout, check_kernel, use_kernel
     from bge_accel.validation import EncodingSettings, evaluate_in_training
     from bge_accel.vocabulary import add_gradients_in_place
 
@@ -535,6 +535,10 @@ def main(cfg: Config) -> None:
     is_main = accelerator.is_main_process
 
     computes_in = "pure bf16" if pure_bf16 else accelerator.mixed_precision.replace("no", "float32")
+
+    if cfg.attention != "padded":
+        with user_errors():
+            check_kernel(cfg.attention, device, computes_in)
 
     def say(text: str) -> None:
         if is_main:
@@ -661,7 +665,7 @@ def main(cfg: Config) -> None:
             add_gradients_in_place(encoder.backbone)
     if cfg.attention != "padded":
         with user_errors():
-            check_kernel(encoder.backbone, cfg.attention, device, computes_in)
+            check_dropout(cfg.attention, encoder.config)
             use_kernel(encoder.backbone, cfg.attention)
     encoder.train()
 

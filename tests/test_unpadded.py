@@ -186,8 +186,9 @@ def test_training_without_padding_drops_as_well(run_script: Run, tiny_model: str
 def test_what_a_kernel_cannot_do_is_said_before_training(kernel, device, precision, dropout, message):
     backbone = build("bert", attention_probs_dropout_prob=dropout)
     with pytest.raises(ValueError, match=message):
-        unpadded.check_kernel(backbone, kernel, torch.device(device), precision)
-    unpadded.check_kernel(backbone, "plain", torch.device("cpu"), "float32")
+        unpadded.check_kernel(kernel, torch.device(device), precision)
+        unpadded.check_dropout(kernel, backbone.config)
+    unpadded.check_kernel("plain", torch.device("cpu"), "float32")
 
 
 ON_A_GPU = """
