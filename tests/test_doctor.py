@@ -502,7 +502,7 @@ def test_foretold_memory_is_within_a_fifth_of_what_a_run_takes(
         ).stdout
 
     ratios = {}
-    for batch in (16, 96):
+    for batch in (16, 64):
         flags = demo_flags(real_model, demo_data, batch)
         flags[flags.index("--max_steps") + 1] = "2"
         foretold = json.loads(run("doctor.py", *flags, "--measure_steps", "2", "--json", "-"))["forecast"][

@@ -146,8 +146,9 @@ def test_what_cannot_run_without_padding_says_so(tiny_model):
         dropping(**unpadded.pack(**padded([3, 2], dropping.config), config=dropping.config))
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("budget", [[], ["--activation_memory_budget", 0], ["--gradient_checkpointing"]])
+@pytest.mark.parametrize(
+    ("processes", "budget"), [(1, []), (2, ["--activation_memory_budget", 0]), (2, ["--gradient_checkpointing"])]
+)
 def test_training_moves_the_weights_as_with_padding(processes, budget, run_script: Run, tmp_path):
     model = build_tiny_model(tmp_path / "model", dropout=0.0)
     rows = write_rows(tmp_path / "rows.jsonl", 16)
