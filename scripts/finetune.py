@@ -502,6 +502,10 @@ def main(cfg: Config) -> None:
     if deepspeed_config is not None:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        # `accelerate launch --dynamo_backend` would have the whole model compiled, for each shape of its inputs.
+        os.environ["ACCELERATE_DYNAMO_BACKEND"] = "no"
+        cfg.torch_compile = True
     if cfg.torch_compile and asked:
         with user_errors():
             raise ValueError("--torch_compile is for one process or DDP, not for FSDP or DeepSpeed; drop the flag")

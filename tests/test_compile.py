@@ -95,9 +95,15 @@ def test_two_processes_train_as_without(tmp_path: Path, steady_model: str, run_s
 @pytest.mark.parametrize(
     ("flags", "env", "message"),
     [
-        ([], {"CXX": "no-such-compiler"}, "needs a C++ compiler, and there is no no-such-compiler; drop the flag"),
-        ([], {"ACCELERATE_USE_FSDP": "true"}, "not for FSDP or DeepSpeed; drop the flag"),
-        (["--attention", "plain"], {}, "--attention plain goes text by text"),
+        (
+            ["--torch_compile"],
+            {"CXX": "no-compiler"},
+            "needs a C++ compiler, and there is no no-compiler; drop the flag",
+        ),
+        # What `accelerate launch --dynamo_backend inductor` sets.
+        ([], {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "CXX": "no-compiler"}, "--torch_compile needs a C++ compiler"),
+        (["--torch_compile"], {"ACCELERATE_USE_FSDP": "true"}, "not for FSDP or DeepSpeed; drop the flag"),
+        (["--torch_compile", "--attention", "plain"], {}, "--attention plain goes text by text"),
     ],
 )
 def test_what_cannot_be_compiled_is_said_before_a_file_is_written(
@@ -106,7 +112,7 @@ def test_what_cannot_be_compiled_is_said_before_a_file_is_written(
     data = write_rows(tmp_path / "rows.jsonl", 8)
     result = run_script(
         *("finetune.py", "--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out"),
-        *("--torch_compile", *flags),
+        *flags,
         status=2,
         env=env,
     )
