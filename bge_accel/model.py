@@ -358,16 +358,19 @@ def enable_gradient_checkpointing(backbone: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def compile_layers(backbone: Any) -> None:
+def compile_layers(backbone: Any, device: torch.device) -> None:
     """Has torch.compile make one program of what the layers of a transformer have in common, for texts of any length.
 
     A handful is made in all, each at its first use: with and without gradients, with and without padding, for several
     texts and for one. What stands around the layers runs as before.
 
+    Args:
+        device: where they will run.
+
     Raises:
         ValueError: there is no compiler for what torch.compile writes.
     """
-    on_gpu = next(backbone.parameters()).device.type == "cuda"
+    on_gpu = device.type == "cuda"
     if on_gpu and importlib.util.find_spec("triton") is None:
         raise ValueError("--torch_compile needs the package triton on a GPU, and it is not installed; drop the flag")
     compilers = [os.environ["CXX"]] if "CXX" in os.environ else ["g++", "clang++"]

@@ -810,10 +810,10 @@ def main(cfg: Config) -> None:
             accelerator, per_device_batch_size=cfg.per_device_train_batch_size, max_grad_norm=cfg.max_grad_norm
         )
     half = Bf16Copy(encoder.to(device)) if pure_bf16 else None
-    computing = encoder.to(device) if half is None else half.model
+    computing = encoder if half is None else half.model
     if cfg.torch_compile:
         with user_errors():
-            compile_layers(computing.backbone)
+            compile_layers(computing.backbone, device)
     model, optimizer = accelerator.prepare(computing, optimizer)
     engine = accelerator.deepspeed_engine_wrapped.engine if is_deepspeed else None
     if is_sharded:  # weights are gathered in each pass; what is kept is up to FSDP and DeepSpeed

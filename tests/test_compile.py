@@ -52,7 +52,7 @@ def test_gradients_are_the_same_and_programs_few(steady_model: str) -> None:
     compiled, _, _ = load_encoder(steady_model, pooling="cls", dtype=torch.float64)
     torch._dynamo.reset()
     counters.clear()
-    compile_layers(compiled.backbone)
+    compile_layers(compiled.backbone, torch.device("cpu"))
     for seed in range(12):
         batch, budget = batch_of(seed), 0 if seed % 4 == 0 else float("inf")
         expected, found = gradients(plain.train(), batch, budget), gradients(compiled.train(), batch, budget)
@@ -66,7 +66,7 @@ def test_gradients_are_the_same_and_programs_few(steady_model: str) -> None:
 def test_what_is_computed_again_drops_the_same(tiny_model: str) -> None:
     encoder, _, _ = load_encoder(tiny_model)
     torch._dynamo.reset()
-    compile_layers(encoder.backbone)
+    compile_layers(encoder.backbone, torch.device("cpu"))
     batch = make_token_batch([[2, *range(5, 5 + count % 3), 3] for count in range(12)], pad_token_id=0, max_tokens=999)
     assert len(batch.micro_batches) == 1
     kept, again = (gradients(encoder.train(), batch, budget) for budget in (float("inf"), 0))
