@@ -262,10 +262,8 @@ def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(indices, order, axis=1)
 
 
-def _search_torch(
-    corpus_emb: Any, q_emb: np.ndarray, k: int, device_name: str | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search in blocks, on the GPU if there is one and no other device is named.
+def _search_torch(corpus_emb: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search in blocks, on the GPU if there is one.
 
     Holds the result, one block of the corpus and one of the score matrix.
 
@@ -277,7 +275,7 @@ def _search_torch(
     """
     import torch
 
-    device = torch.device(device_name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     corpus_block, query_block = (GPU_CORPUS_BLOCK, GPU_QUERY_BLOCK) if on_gpu else (CORPUS_BLOCK, QUERY_BLOCK)
     num_passages = len(corpus_emb)
