@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from bge_accel.in_place_gradients import is_linear
+
 # Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
 MIN_TOKENS = 16384
 
@@ -22,7 +24,7 @@ def can_pack(module: Any) -> bool:
         and type(module.weight) is torch.nn.Parameter  # not a part of a sharded one
         and module.weight.device.type == "cpu"
         and module.weight.dtype in (torch.float32, torch.bfloat16)
-        and "forward" not in module.__dict__
+        and ("forward" not in module.__dict__ or is_linear(module.__dict__["forward"]))
     )
 
 
@@ -52,13 +54,16 @@ class PackedLinears:
         if self.weights is None:
             layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
             self.weights = {layer: torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) for layer in layers}
+        before = {layer: layer.__dict__.get("forward") for layer in self.weights}
         for layer, weight in self.weights.items():
             layer.forward = partial(_linear, weight, layer.bias)
         try:
             yield
         finally:
-            for layer in self.weights:
-                layer.__dict__.pop("forward", None)
+            for layer, forward in before.items():
+                layer.__dict__.pop("forward")
+                if forward is not None:
+                    layer.forward = forward
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:

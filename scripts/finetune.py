@@ -481,6 +481,7 @@ def main(cfg: Config) -> None:
     from bge_accel.encoding import prefetch
     from bge_accel.flops import flops_per_token
     from bge_accel.half_precision import Bf16Copy
+    from bge_accel.in_place_gradients import add_gradients_in_place
     from bge_accel.losses import contrastive_loss, known_positive_pairs
     from bge_accel.model import (
         compile_layers,
@@ -495,7 +496,6 @@ def main(cfg: Config) -> None:
     from bge_accel.transfer import to_device, to_host
     from bge_accel.unpadded import check_dropout, check_kernel, use_kernel
     from bge_accel.validation import EncodingSettings, evaluate_in_training
-    from bge_accel.vocabulary import add_gradients_in_place
 
     # ---- accelerator
     on_cpu = cfg.use_cpu or not torch.cuda.is_available()
@@ -662,9 +662,8 @@ def main(cfg: Config) -> None:
                 parameter.requires_grad_(False)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.backbone)
-    if device.type == "cpu":
-        if not cfg.torch_compile:  # which cannot look into it
-            use_cpu_dropout(encoder.backbone)
+    if device.type == "cpu" and not cfg.torch_compile:  # which cannot look into these
+        use_cpu_dropout(encoder.backbone)
         if world == 1 and not is_sharded and not pure_bf16:
             add_gradients_in_place(encoder.backbone)
     if cfg.attention != "padded":

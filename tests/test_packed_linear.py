@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from bge_accel import EmbeddingModel, encoding, packed_linear
+from bge_accel.in_place_gradients import add_gradients_in_place, is_linear
 from bge_accel.packed_linear import PackedLinears
 
 TEXTS = [f"the king and {'the story ' * (number % 11)}{number}" for number in range(40)]
@@ -74,3 +75,13 @@ def test_under_autocast_the_layers_stay_as_they_are(tiny_model, packing):
     with torch.autocast("cpu", torch.bfloat16):
         model.encode(TEXTS)
     assert not packing
+
+
+def test_a_model_in_training_is_encoded_so_too(tiny_model, packing):
+    """Its layers have another forward pass, and have it again."""
+    model = EmbeddingModel(tiny_model, device="cpu")
+    add_gradients_in_place(model.encoder.backbone)
+    model.encode(TEXTS)
+    assert packing
+    linears = [module for module in model.encoder.modules() if isinstance(module, torch.nn.Linear)]
+    assert all(is_linear(linear.__dict__["forward"]) for linear in linears)
