@@ -1,6 +1,6 @@
 # make demo            the main job on real input: evaluate, mine, fine-tune, merge (under 10 minutes on two cores)
 # make demo MODEL=...  the same with another encoder: a folder or a name on the hub
-# make test            every test but the long proofs; make test-slow runs those
+# make test            every test but the long proofs; make test-slow runs those, SLOW="slow and not exhaustive" the most telling
 # make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
 # make test-versions  the fast tests with the lowest and the highest versions that requirements.txt allows (long)
 # make lint            ruff and mypy
@@ -29,8 +29,10 @@ demo-compare: install
 test: install
 	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
 
+SLOW ?= slow
+
 test-slow: install
-	$(BIN)/python -m pytest -m slow -n auto --maxprocesses 4 --dist loadgroup
+	$(BIN)/python -m pytest -m "$(SLOW)" -n auto --maxprocesses 4 --dist loadgroup
 
 # PyPI's torch is a CUDA build of gigabytes; TORCH=torch==2.13.0 takes another version into both environments, where that
 # is at hand as a CPU build. Its lower end, 2.11, is the default only for the lowest.

@@ -60,6 +60,7 @@ def test_the_committed_tables_are_made_of_the_committed_figures() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_measures_and_writes(tmp_path: Path) -> None:
     """Two comparisons for real; sentence-transformers is in this environment, FlagEmbedding is left out."""
     args = ["--peers_python", sys.executable, "--rounds", 1, "--only", "loss", "first", "--output_dir", tmp_path]

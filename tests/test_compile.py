@@ -78,6 +78,7 @@ def test_what_is_computed_again_drops_the_same(tiny_model: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_train_as_without(tmp_path: Path, steady_model: str, run_script: Run) -> None:
     data, held_out = write_rows(tmp_path / "rows.jsonl", 24), write_rows(tmp_path / "dev.jsonl", 8, seed=1)
     common = [

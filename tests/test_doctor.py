@@ -470,6 +470,7 @@ def test_no_alarm_on_the_demonstration(demo_data: Path, real_model: str, run_scr
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_no_alarm_on_the_demonstrations_mined_negatives(
     demo_data: Path, real_model: str, run_script: Run, tmp_path: Path
 ) -> None:
@@ -487,6 +488,7 @@ def test_no_alarm_on_the_demonstrations_mined_negatives(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_foretold_memory_is_within_a_fifth_of_what_a_run_takes(
     demo_data: Path, real_model: str, tmp_path: Path
 ) -> None:

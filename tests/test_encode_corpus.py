@@ -295,6 +295,7 @@ def test_memory_does_not_grow_with_the_corpus(folder, model, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_memory_of_encoding_does_not_grow_with_the_corpus(folder, tmp_path):
     peaks = {}
     for count in (10_000, 200_000):

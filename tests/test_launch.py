@@ -14,6 +14,9 @@ from conftest import REPO, Run
 from test_finetune_script import log, write_rows
 
 CONFIGS = sorted((REPO / "configs" / "accelerate").glob("*.yaml"))
+# Of the same launcher and kind as another.
+MORE = ("zero2", "zero2_offload", "multi_gpu_fp16", "fsdp2_checkpointing")
+MARKED = [pytest.param(path, marks=[pytest.mark.exhaustive] * (path.stem in MORE)) for path in CONFIGS]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
 )
@@ -38,7 +41,7 @@ def finetune(tmp_path: Path, model: str, *launch: str, **env: str) -> subprocess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", MARKED, ids=lambda path: path.stem)
 def test_configuration_launches_and_shards_as_it_says(tmp_path: Path, tiny_model: str, config: Path) -> None:
     content = yaml.safe_load(config.read_text())
     kind = content["distributed_type"]
@@ -104,7 +107,13 @@ AUTO_BUCKETS = {
 @needs_deepspeed
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "zero", [{"stage": 0}, {"stage": 1}, {"stage": 3, **AUTO_BUCKETS}], ids=lambda zero: str(zero["stage"])
+    "zero",
+    [
+        pytest.param({"stage": 0}, marks=pytest.mark.exhaustive),
+        pytest.param({"stage": 1}, marks=pytest.mark.exhaustive),
+        {"stage": 3, **AUTO_BUCKETS},
+    ],
+    ids=lambda zero: str(zero["stage"]),
 )
 def test_deepspeed_files_as_others_have_them_work(tmp_path: Path, tiny_model: str, zero: dict, run_script: Run) -> None:
     """The fields of FlagEmbedding's ds_stage0.json and ds_stage1.json, and of transformers' for stage 3 (sizes "auto")."""

@@ -700,7 +700,9 @@ def launched_by(config: str, folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["fsdp2", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize(
+    "config", ["fsdp2", *(pytest.param(mode, marks=pytest.mark.exhaustive) for mode in ("zero1", "zero2")), "zero3"]
+)
 def test_sharded_training_goes_on_the_same(tmp_path: Path, data: Path, start: Start, config: str) -> None:
     if config != "fsdp2":
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")

@@ -331,6 +331,7 @@ def test_memory_of_a_search_on_disk(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_million_passages(tmp_path):
     """Under 300 MB beyond the mapped files, which hold 1,024."""
     rng = np.random.default_rng(0)

@@ -85,8 +85,8 @@ def test_scaled_loss_scales_the_gradient_and_passes_add_up(tiny_model: str) -> N
 
 
 ZERO = ["zero1", "zero2", "zero3"]
-LONG = [pytest.param(f"{mode}-checkpointing", marks=pytest.mark.slow) for mode in ZERO]
-LONG += [pytest.param(f"{mode}-bf16", marks=pytest.mark.slow) for mode in ("zero1", "zero3")]
+LONG = [pytest.param(f"{mode}-checkpointing", marks=(pytest.mark.slow, pytest.mark.exhaustive)) for mode in ZERO]
+LONG += [pytest.param(f"{mode}-bf16", marks=(pytest.mark.slow, pytest.mark.exhaustive)) for mode in ("zero1", "zero3")]
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO, *LONG])
