@@ -78,9 +78,7 @@ def _multiply(module: torch.nn.Linear, states: torch.Tensor) -> torch.Tensor:
     if torch.is_autocast_enabled("cpu"):
         computing = _cast(module, parameters, torch.get_autocast_dtype("cpu"))
         states = states.to(computing[0].dtype)
-    product: torch.Tensor = _Multiply.apply(
-        states, parameters, [tensor.detach() for tensor in computing], module.weight
-    )
+    product: torch.Tensor = _Multiply.apply(states, parameters, computing, module.weight)
     return product
 
 

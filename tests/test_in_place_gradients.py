@@ -113,6 +113,12 @@ def test_a_cast_weight_is_made_once_a_step():
     assert not torch.equal(made[2], made[3])
 
 
+AUTOGRAD = """\
+import pathlib
+import bge_accel.in_place_gradients as in_place_gradients
+
+in_place_gradients.add_gradients_in_place = lambda backbone: pathlib.Path("left_to_autograd").touch()
+"""
 SMALL = """\
 import pathlib
 import bge_accel.in_place_gradients as in_place_gradients
@@ -129,9 +135,9 @@ def test_training_moves_the_weights_as_with_autograd(budget, run_script: Run, ti
     flags = ["--model_name_or_path", tiny_model, "--train_data", rows, "--max_steps", 3, "--train_group_size", 2]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--adam_epsilon", 1e-3]
     flags += [] if budget is None else ["--activation_memory_budget", budget]
-    (tmp_path / "sitecustomize.py").write_text(SMALL)
-    run_script("finetune.py", *flags, "--output_dir", "autograd")
-    assert not (tmp_path / "called").exists()
-    run_script("finetune.py", *flags, "--output_dir", "in_place", env={"PYTHONPATH": str(tmp_path)})
-    assert (tmp_path / "called").exists()
+    for output_dir, start in (("autograd", AUTOGRAD), ("in_place", SMALL)):
+        (tmp_path / "sitecustomize.py").write_text(start)
+        run_script("finetune.py", *flags, "--output_dir", output_dir, env={"PYTHONPATH": str(tmp_path)})
+        assert (tmp_path / "called").exists() == (output_dir == "in_place")
+        assert (tmp_path / "left_to_autograd").exists()
     assert_same_weights(tmp_path / "autograd", tmp_path / "in_place", 1e-7)

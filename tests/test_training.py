@@ -85,8 +85,10 @@ def test_scaled_loss_scales_the_gradient_and_passes_add_up(tiny_model: str) -> N
 
 
 ZERO = ["zero1", "zero2", "zero3"]
-LONG = [pytest.param(f"{mode}-checkpointing", marks=(pytest.mark.slow, pytest.mark.exhaustive)) for mode in ZERO]
-LONG += [pytest.param(f"{mode}-bf16", marks=(pytest.mark.slow, pytest.mark.exhaustive)) for mode in ("zero1", "zero3")]
+LONG = [
+    pytest.param(mode, marks=(pytest.mark.slow, pytest.mark.exhaustive))
+    for mode in (*(f"{mode}-checkpointing" for mode in ZERO), "zero1-bf16", "zero3-bf16")
+]
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp2", *ZERO, *LONG])
