@@ -52,14 +52,12 @@ class KeepMask:
         seed = int(torch.empty((), dtype=torch.int64).random_().numpy())
         generator = np.random.Generator(np.random.SFC64(seed))
         below, rest = divmod(256 * p, 1)
-        self.threshold = int(below) + int(generator.random() < rest)
-        words = generator.integers(0, 2**64, -(-shape.numel() // 8), dtype=np.uint64)
-        self.drawn = torch.from_numpy(words.view(np.int8))[: shape.numel()].view(shape)
-
-    def write(self, mask: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-        """1 for what stays and 0 for what is dropped, of a part of the tensor."""
-        # 256 is more than a byte holds.
-        return mask.zero_() if self.threshold == 256 else torch.ge(self.drawn[part], self.threshold - 128, out=mask)
+        threshold = int(below) + int(generator.random() < rest)  # 256 is more than a byte holds
+        count = shape.numel()
+        drawn = generator.integers(0, 2**64, -(-count // 8), dtype=np.uint64).view(np.uint8)[:count]
+        kept = np.greater_equal(drawn, threshold, out=drawn.view(np.bool_)).view(np.uint8)
+        self.kept = torch.from_numpy(kept).view(shape)
+        """1 for what stays and 0 for what is dropped, uint8."""
 
 
 def drop(states: torch.Tensor, p: float) -> torch.Tensor:
@@ -72,7 +70,7 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, states: torch.Tensor, keep: KeepMask, factor: float) -> torch.Tensor:
         ctx.settings = keep, factor
-        return keep.write(torch.empty(states.shape, dtype=states.dtype)).mul_(states).mul_(factor)
+        return torch.empty(states.shape, dtype=states.dtype).copy_(keep.kept).mul_(states).mul_(factor)
 
     @staticmethod
     @once_differentiable
@@ -134,14 +132,14 @@ class _Attend(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(query, key, value)
         ctx.settings = bias, keep, factor, scaling
-        q, k, v = _flat(query, scaling), _flat(key), _flat(value, factor)
+        q, k, v = _flat(query), _flat(key), _flat(value)
         attended = torch.empty_like(q)
         scores, mask = _buffers(q, k, 2)
         for part in _parts(q, scores):
             size = part.stop - part.start
-            probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
-            probabilities.mul_(keep.write(mask[:size], part))
-            torch.bmm(probabilities, v[part], out=attended[part])
+            probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
+            probabilities.mul_(mask[:size].copy_(keep.kept[part]))
+            _multiply(probabilities, v[part], factor, attended[part])
         return attended.view(query.shape).to(query.dtype)
 
     @staticmethod
@@ -149,38 +147,40 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         query, key, value = ctx.saved_tensors
         bias, keep, factor, scaling = ctx.settings
-        q, k, v, g = _flat(query, scaling), _flat(key), _flat(value, factor), _flat(grad)
+        q, k, v, g = _flat(query), _flat(key), _flat(value), _flat(grad)
         q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         scores, mask, changes = _buffers(q, k, 3)
         for part in _parts(q, scores):
             size = part.stop - part.start
-            probabilities = _probabilities(q[part], k[part], bias, part, scores[:size])
-            dropped = keep.write(mask[:size], part)
-            change = torch.bmm(g[part], v[part].transpose(1, 2), out=changes[:size]).mul_(dropped)
+            probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
+            dropped = mask[:size].copy_(keep.kept[part])
+            change = _multiply(g[part], v[part].transpose(1, 2), factor, changes[:size]).mul_(dropped)
             dropped.mul_(probabilities)
-            torch.bmm(dropped.transpose(1, 2), g[part], out=v_grad[part])
+            _multiply(dropped.transpose(1, 2), g[part], factor, v_grad[part])
             torch.ops.aten._softmax_backward_data.out(change, probabilities, -1, change.dtype, grad_input=change)
-            torch.bmm(change, k[part], out=q_grad[part])
-            torch.bmm(change.transpose(1, 2), q[part], out=k_grad[part])
-        grads = _unflat(q_grad, query, scaling), _unflat(k_grad, key), _unflat(v_grad, value, factor)
-        return *grads, None, None, None, None
+            _multiply(change, k[part], scaling, q_grad[part])
+            _multiply(change.transpose(1, 2), q[part], scaling, k_grad[part])
+        return _unflat(q_grad, query), _unflat(k_grad, key), _unflat(v_grad, value), None, None, None, None
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _flat(tensor: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
-    """(n, heads, length, head_dim), laid out in any way, to (n * heads, length, head_dim), times a number."""
-    copied = torch.empty(tensor.shape, dtype=_precise(tensor.dtype)).copy_(tensor).flatten(0, 1)
-    return copied if factor == 1 else copied.mul_(factor)
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """(n, heads, length, head_dim), laid out in any way, to (n * heads, length, head_dim)."""
+    return torch.empty(tensor.shape, dtype=_precise(tensor.dtype)).copy_(tensor).flatten(0, 1)
 
 
-def _unflat(flat: torch.Tensor, like: torch.Tensor, factor: float = 1.0) -> torch.Tensor:
+def _unflat(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """The opposite, laid out as the linear layers have it: tokens before heads."""
     n, heads, length, head_dim = like.shape
-    laid_out = torch.empty(n, length, heads, head_dim, dtype=like.dtype).transpose(1, 2)
-    return torch.mul(flat.view(like.shape), factor, out=laid_out)
+    return torch.empty(n, length, heads, head_dim, dtype=like.dtype).transpose(1, 2).copy_(flat.view(like.shape))
+
+
+def _multiply(left: torch.Tensor, right: torch.Tensor, factor: float, product: torch.Tensor) -> torch.Tensor:
+    """factor left right, written into `product`."""
+    return product.baddbmm_(left, right, beta=0, alpha=factor)
 
 
 def _buffers(q: torch.Tensor, k: torch.Tensor, count: int) -> list[torch.Tensor]:
@@ -196,13 +196,13 @@ def _parts(q: torch.Tensor, buffer: torch.Tensor) -> list[slice]:
 
 
 def _probabilities(
-    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, part: slice, scores: torch.Tensor
+    q: torch.Tensor, k: torch.Tensor, bias: torch.Tensor | None, part: slice, scaling: float, scores: torch.Tensor
 ) -> torch.Tensor:
     """Before dropout, written into `scores`."""
     if bias is None:
-        torch.bmm(q, k.transpose(1, 2), out=scores)
+        _multiply(q, k.transpose(1, 2), scaling, scores)
     else:
-        torch.baddbmm(bias[part], q, k.transpose(1, 2), out=scores)
+        torch.baddbmm(bias[part], q, k.transpose(1, 2), alpha=scaling, out=scores)
     return torch.softmax(scores, -1, out=scores)
 
 

@@ -88,23 +88,55 @@ def precision_of_every_machine() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def no_job_is_left() -> Iterator[None]:
+    """What a test that failed has started would go on."""
+    yield
+    if "warm_start" in sys.modules:
+        sys.modules["warm_start"].end_all()
+
+
 Run = Callable[..., subprocess.CompletedProcess]
 
 
 @pytest.fixture
 def run_script(tmp_path: Path) -> Run:
-    """Runs scripts/NAME with arguments in an empty folder; fails the test unless it exits as expected."""
+    """Runs scripts/NAME with arguments in an empty folder; fails the test unless it exits as expected.
 
-    def run(name: str, *args: object, processes: int = 1, status: int = 0, env: dict | None = None, timeout: int = 300):
+    Each in processes of its own: with the heavy packages imported already, unless `cold`, as `python` or torchrun start it.
+    """
+    from warm_start import Job
+
+    def cold_run(script: str, *args: str, processes: int, env: dict[str, str], timeout: int):
         start = [sys.executable]
         if processes > 1:
             start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
-        result = subprocess.run(
-            [*start, str(REPO / "scripts" / name), *map(str, args)],
-            cwd=tmp_path,
+        return subprocess.run(
+            [*start, script, *args], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=timeout
+        )
+
+    def warm_run(script: str, *args: str, processes: int, env: dict[str, str], timeout: int):
+        with tempfile.TemporaryDirectory() as folder:
+            output, errors = Path(folder) / "output", Path(folder) / "errors"
+            how = {"processes": processes, "env": env, "output": output, "errors": errors}
+            found = Job(*args, cwd=tmp_path, script=Path(script), **how).wait(timeout)
+            status = found[0] if processes == 1 else int(any(found))  # as torchrun has it
+            return subprocess.CompletedProcess(args, status, output.read_text(), errors.read_text())
+
+    def run(
+        name: str,
+        *args: object,
+        processes: int = 1,
+        status: int = 0,
+        env: dict | None = None,
+        timeout: int = 300,
+        cold: bool = False,
+    ):
+        result = (cold_run if cold else warm_run)(
+            str(REPO / "scripts" / name),
+            *map(str, args),
+            processes=processes,
             env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": "", **(env or {})},
-            capture_output=True,
-            text=True,
             timeout=timeout,
         )
         assert result.returncode == status, (

@@ -6,17 +6,11 @@ import json
 import numpy as np
 import pytest
 from conftest import REPO
-from warm_start import Job, end_all
+from warm_start import Job
 
 from bge_accel.comparison import choose_metric, paired_differences, verdict
 
 SCRIPT = REPO / "scripts" / "evaluate_retrieval.py"
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
 
 
 def test_a_system_against_itself():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPO, build_tiny_model
-from warm_start import Job, end_all
+from warm_start import Job
 
 from bge_accel import EmbeddingModel
 from bge_accel.model import load_encoder, save_encoder
@@ -22,12 +22,6 @@ NUM_TEXTS = 6000
 TEXTS = [f"{'value ' * (number * 7 % 23)}string {number}" for number in range(NUM_TEXTS)]
 # The instruction is two tokens, [CLS] and [SEP] two more, and every digit of the number one.
 NUM_LONG = sum(number * 7 % 23 + 5 + len(str(number)) > 20 for number in range(NUM_TEXTS))
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +73,6 @@ def undisturbed(folder, tmp_path_factory):
     said = start(folder, store, *SMALL).ends()
     assert "6,000 texts" in said and f"{NUM_LONG:,} texts were longer than 20 tokens and were cut" in said
     assert "tokens/s" in said and len(shards(store)) == 94
-    end_all()
     return store
 
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import REPO, build_tiny_model
-from warm_start import Job, end_all
+from warm_start import Job
 
 from bge_accel.evaluation import _recall_over_processes
 from bge_accel.search import index_recall
@@ -13,12 +13,6 @@ from bge_accel.store import EmbeddingStore
 
 SCRIPT = REPO / "scripts" / "evaluate_retrieval.py"
 WORDS = "the a of to in and is what who how did why king princess story return list string file value".split()
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
 
 
 @pytest.fixture

@@ -3,8 +3,6 @@
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import yaml
 from conftest import REPO, Run, build_tiny_model
 from safetensors.numpy import load_file
+from warm_start import Job
 
 from bge_accel import EmbeddingModel
 
@@ -168,14 +167,8 @@ def test_processes_get_as_many_tokens(tmp_path: Path, tiny_model: str, more: lis
         *("--model_name_or_path", tiny_model, "--train_data", tmp_path / "sources.yaml", *more),
         *("--output_dir", "out", "--per_device_train_batch_size", 8, "--train_group_size", 3, "--max_steps", 6),
     ]
-    spied = [str(REPO / "tests" / "spy_texts.py"), str(REPO / "scripts" / "finetune.py"), *map(str, args)]
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", *spied],
-        cwd=tmp_path,
-        env={**os.environ, "SPY_TEXTS": str(tmp_path / "texts")},
-        check=True,
-        capture_output=True,
-    )
+    spy = REPO / "tests" / "spy_texts.py"
+    Job(*args, cwd=tmp_path, through=(spy,), processes=2, env={"SPY_TEXTS": str(tmp_path / "texts")}).ends()
     seen = [[json.loads(line) for line in open(tmp_path / f"texts-{rank}.jsonl")] for rank in (0, 1)]
     for step in range(6):
         queries, passages = ([of_rank[2 * step + part] for of_rank in seen] for part in (0, 1))

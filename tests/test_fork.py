@@ -13,6 +13,7 @@ import pytest
 from conftest import REPO
 from safetensors.numpy import load_file
 from test_finetune_script import log, weights, write_rows
+from warm_start import Job
 
 FORK = REPO / "docs" / "fork.md"
 DIFFS = re.findall(r"^## (.+?)\n.*?^```diff\n(.*?)^```", FORK.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -33,16 +34,20 @@ def copy_script(folder: Path, diff: str = "") -> Path:
     return path
 
 
-def train(script: Path, model: str, data: Path, *arguments: object) -> Path:
+def train(script: Path, model: str, data: Path, *arguments: object, cold: bool = False) -> Path:
     """Two steps from the script's own folder; returns where the model was saved."""
     out = script.parent / "out"
-    command = [
-        *(sys.executable, script.name, "--model_name_or_path", model, "--train_data", data, "--output_dir", out),
+    flags = [
+        *("--model_name_or_path", model, "--train_data", data, "--output_dir", out),
         *("--max_steps", 2, "--per_device_train_batch_size", 4, "--train_group_size", 1, "--logging_steps", 1),
         *("--learning_rate", 1e-3, "--save_steps", 1, *arguments),
     ]
-    result = subprocess.run(list(map(str, command)), cwd=script.parent, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    if cold:
+        command = [sys.executable, script.name, *map(str, flags)]
+        result = subprocess.run(command, cwd=script.parent, capture_output=True, text=True, timeout=300)
+        assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-6000:]
+    else:
+        Job(*flags, cwd=script.parent, script=script).ends()
     assert [record["step"] for record in log(out)] == [1, 2]
     return out
 
@@ -54,7 +59,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unchanged(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, rows: Path) -> Path:
-    return train(copy_script(tmp_path_factory.mktemp("elsewhere") / "copy"), tiny_model, rows)
+    return train(copy_script(tmp_path_factory.mktemp("elsewhere") / "copy"), tiny_model, rows, cold=True)
 
 
 def test_the_document_has_three_changes() -> None:

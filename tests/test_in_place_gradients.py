@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run
 from test_finetune_script import assert_same_weights, write_rows
 from test_unpadded import build, padded
+from warm_start import Job
 
 from bge_accel import in_place_gradients
 from bge_accel.in_place_gradients import add_gradients_in_place
@@ -114,30 +114,34 @@ def test_a_cast_weight_is_made_once_a_step():
 
 
 AUTOGRAD = """\
-import pathlib
+import pathlib, runpy, sys
 import bge_accel.in_place_gradients as in_place_gradients
 
 in_place_gradients.add_gradients_in_place = lambda backbone: pathlib.Path("left_to_autograd").touch()
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 SMALL = """\
-import pathlib
+import pathlib, runpy, sys
 import bge_accel.in_place_gradients as in_place_gradients
 
 in_place_gradients.MIN_ROWS = 1  # what the tiny model has is a small table
 own = in_place_gradients._LookUp.backward
 in_place_gradients._LookUp.backward = staticmethod(lambda *args: (pathlib.Path("called").touch(), own(*args))[1])
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 @pytest.mark.parametrize("budget", [None, 0])
-def test_training_moves_the_weights_as_with_autograd(budget, run_script: Run, tiny_model: str, tmp_path: Path) -> None:
+def test_training_moves_the_weights_as_with_autograd(budget, tiny_model: str, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", 16)
     flags = ["--model_name_or_path", tiny_model, "--train_data", rows, "--max_steps", 3, "--train_group_size", 2]
     flags += ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 2, "--adam_epsilon", 1e-3]
     flags += [] if budget is None else ["--activation_memory_budget", budget]
     for output_dir, start in (("autograd", AUTOGRAD), ("in_place", SMALL)):
-        (tmp_path / "sitecustomize.py").write_text(start)
-        run_script("finetune.py", *flags, "--output_dir", output_dir, env={"PYTHONPATH": str(tmp_path)})
+        (tmp_path / "start.py").write_text(start)
+        Job(*flags, "--output_dir", output_dir, cwd=tmp_path, through=(tmp_path / "start.py",)).ends()
         assert (tmp_path / "called").exists() == (output_dir == "in_place")
         assert (tmp_path / "left_to_autograd").exists()
     assert_same_weights(tmp_path / "autograd", tmp_path / "in_place", 1e-7)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, build_tiny_model
-from warm_start import Job, end_all
+from warm_start import Job
 
 from bge_accel import EmbeddingModel
 from bge_accel.candidates import normalise_text
@@ -20,12 +20,6 @@ from bge_accel.rows import TrainingRows
 MINE, SCORE = REPO / "scripts" / "mine_hard_negatives.py", REPO / "scripts" / "score_with_reranker.py"
 WORDS = "king princess story list string file value return who what how".split()
 DOCUMENTED = "--range_for_sampling 2-200 --negative_number 15 --use_gpu_for_searching".split()
-
-
-@pytest.fixture(autouse=True)
-def no_job_is_left():
-    yield
-    end_all()
 
 
 @pytest.fixture(scope="session")
@@ -361,7 +355,7 @@ def test_mistakes_that_need_the_models(tmp_path, tiny_model):
 
 
 def test_help_names_every_flag(run_script):
-    done = run_script("mine_hard_negatives.py", "--help")
+    done = run_script("mine_hard_negatives.py", "--help", cold=True)
     for flag in ("--embedder_name_or_path", "--relative_margin", "--existing_negatives", "--fill_random", "--plot"):
         assert flag in done.stdout
     assert "--devices" not in done.stdout

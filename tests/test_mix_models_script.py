@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import REPO, build_tiny_model
 from safetensors.torch import load_file
-from warm_start import Job, end_all
+from warm_start import Job
 
 from bge_accel.config import parse_config
 from bge_accel.encoding import EmbeddingModel
@@ -21,12 +21,6 @@ ROWS = [
     {"query": "the king", "pos": ["a king story"], "neg": ["list", "file value", "why"]},
     {"query": "list of string", "pos": ["return the list"], "neg": ["princess", "what"]},
 ]
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_running():
-    yield
-    end_all()
 
 
 @pytest.fixture(scope="module")
@@ -157,5 +151,5 @@ def test_a_plot_asks_for_matplotlib_before_anything_is_read(monkeypatch):
 
 def test_help_is_quick(run_script):
     start = time.perf_counter()
-    done = run_script("mix_models.py", "--help")
+    done = run_script("mix_models.py", "--help", cold=True)
     assert time.perf_counter() - start < 2 and "--max_drop" in done.stdout

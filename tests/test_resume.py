@@ -21,7 +21,7 @@ import yaml
 from conftest import REPO, Run, build_tiny_model
 from safetensors.numpy import load_file
 from test_finetune_script import log, weights, write_rows
-from warm_start import SCRIPT, Job, end_all
+from warm_start import SCRIPT, Job
 
 from bge_accel.checkpoint import find_checkpoints, what_is_damaged
 from bge_accel.reading import text_id
@@ -72,15 +72,14 @@ def flags(model: str, data: Path, out: Path | str, *more: object, processes: int
 
 
 @pytest.fixture
-def start(tmp_path: Path, tiny_model: str, data: Path) -> Iterator[Start]:
+def start(tmp_path: Path, tiny_model: str, data: Path) -> Start:
     """Starts a run into an output folder, given by its name, with more flags."""
 
     def start(out: str, *more: object, processes: int = 1, model: str = tiny_model, **how: object) -> Job:
         args = flags(model, data, out, *more, processes=processes)
         return Job(*args, cwd=tmp_path, processes=processes, **how)
 
-    yield start
-    end_all()
+    return start
 
 
 KINDS: dict[str, tuple[int, list[str]]] = {
@@ -102,9 +101,7 @@ def kind_of_run(kind: str, data: Path) -> tuple[int, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    tmp_path_factory: pytest.TempPathFactory, tiny_model: str, data: Path
-) -> Iterator[Callable[[str], Path]]:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, tiny_model: str, data: Path) -> Callable[[str], Path]:
     """The output folder of a run of this kind that nothing has disturbed; the rows it has seen lie beside it."""
     done: dict[str, Path] = {}
 
@@ -118,8 +115,7 @@ def uninterrupted(
             done[kind] = folder / "out"
         return done[kind]
 
-    yield run
-    end_all()
+    return run
 
 
 FIGURES = ("step", "epoch", "loss", "accuracy", "learning_rate", "grad_norm", "skipped_steps", "sources")

@@ -7,16 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import REPO
-from warm_start import Job, end_all
+from warm_start import Job
 
 SPY = REPO / "tests" / "spy_texts.py"
 SIZES = {"apple": 40, "bread": 20, "cedar": 9}
-
-
-@pytest.fixture(autouse=True)
-def no_job_is_left():
-    yield
-    end_all()
 
 
 @pytest.fixture

@@ -1,12 +1,10 @@
 """The step gives the gradient of the plain computation, whatever is kept, recomputed or spread over processes."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from warm_start import Job
 
 from bge_accel.batching import make_token_batch
 from bge_accel.losses import contrastive_loss
@@ -100,21 +98,8 @@ def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
     if mode.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
     script = Path(__file__).with_name("distributed_step.py")
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"),
-            *(script, tiny_model, mode, tmp_path / "saved"),
-        ],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
-    )
-    try:
-        _, errors = process.communicate(timeout=300)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # torchrun takes its processes down with it
-        raise
-    assert process.returncode == 0, errors[-6000:]
+    how = {"cwd": tmp_path, "script": script, "processes": 2, "env": {"DS_ACCELERATOR": "cpu"}}
+    Job(tiny_model, mode, tmp_path / "saved", **how).ends(timeout=300)
 
 
 def test_budget_measures_and_keeps_as_many_graphs_as_it_allows(tiny_model: str) -> None:

@@ -1,15 +1,12 @@
 """Nothing in a step waits for a GPU but the line of the log."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
 from test_unpadded import build, padded
+from warm_start import Job
 
 from bge_accel import unpadded
 from bge_accel.model import Encoder
@@ -61,7 +58,7 @@ def test_no_step_waits_but_the_one_that_is_logged(tiny_model: str, tmp_path: Pat
     """As many numbers are asked for in 9 steps as in 3: the log's. Known positives are met and masked."""
     rows = [{"query": f"king {i % 5}", "pos": [f"the story of {i % 5}"], "neg": [f"a list {i}"]} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    script: list[object] = [REPO / "scripts" / "finetune.py"]
+    spies = [Path(__file__).with_name("spy_waits.py")]
     if tiles:  # a loss in tiles, as large batches have it
         small = tmp_path / "small_tiles.py"
         small.write_text(
@@ -70,16 +67,13 @@ def test_no_step_waits_but_the_one_that_is_logged(tiny_model: str, tmp_path: Pat
             "sys.argv = sys.argv[1:]\nsys.path[0] = os.path.dirname(sys.argv[0])\n"
             "runpy.run_path(sys.argv[0], run_name='__main__')\n"
         )
-        script.insert(0, small)
+        spies.append(small)
     numbers = []
     for steps in (3, 9):
         args = ["--model_name_or_path", tiny_model, "--train_data", "rows.jsonl", "--output_dir", f"out-{steps}"]
         args += ["--optim", "adamw_torch_fused", "--logging_steps", "100", "--save_strategy", "no"]
         args += ["--per_device_train_batch_size", "8", "--train_group_size", "2", "--max_steps", str(steps)]
-        command = [sys.executable, Path(__file__).with_name("spy_waits.py"), *script, *args]
-        environment = {**os.environ, "PYTHONPATH": str(REPO), "SPY_WAITS": str(tmp_path / "waits")}
-        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        Job(*args, cwd=tmp_path, through=spies, env={"SPY_WAITS": str(tmp_path / "waits")}).ends()
         log = (tmp_path / f"out-{steps}" / "train_log.jsonl").read_text().splitlines()
         assert len(log) == 1 and json.loads(log[0])["masked_per_query"] > 0
         numbers.append(int((tmp_path / "waits").read_text()))

@@ -27,12 +27,11 @@ FORKS.set_forkserver_preload(
 )
 
 
-def _become(argv: list[str], cwd: str, env: dict[str, str], output: str) -> None:
+def _become(argv: list[str], cwd: str, env: dict[str, str], output: str, errors: str) -> None:
     os.chdir(cwd)
     os.environ.update(env)
-    handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
+    for number, path in ((1, output), (2, errors)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is killed would leave it behind
@@ -53,10 +52,16 @@ class Job:
         through: tuple[Path, ...] = (),
         processes: int = 1,
         env: dict[str, str] | None = None,
+        output: Path | None = None,
+        errors: Path | None = None,
     ) -> None:
-        """Starts it. `through`: scripts that run the script, each given what follows it as its arguments."""
+        """Starts it.
+
+        `through`: scripts that run the script, each given what follows it as its arguments. `output`: the file for what it
+        writes; `errors`: for its standard error, if not the same.
+        """
         Job.count += 1
-        self.output = cwd / f"job-{Job.count}.out"
+        self.output = output or cwd / f"job-{Job.count}.out"
         argv = [str(part) for part in (*through, script, *args)]
         common = dict(env or {})
         if processes > 1:
@@ -65,10 +70,10 @@ class Job:
                 port = str(free.getsockname()[1])
             common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
             common |= {"LOCAL_WORLD_SIZE": str(processes)}
-        self.processes = []
+        self.processes, written = [], (self.output, errors or self.output)
         for rank in range(processes):
             own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            process = FORKS.Process(target=_become, args=(argv, str(cwd), common | own, str(self.output)))
+            process = FORKS.Process(target=_become, args=(argv, str(cwd), common | own, *map(str, written)))
             process.start()
             self.processes.append(process)
         running.append(self)
