@@ -550,7 +550,7 @@ def local(text: str, model: str, reranker: str) -> str:
     return re.sub(r"BAAI/bge-[\w.-]+|\bMODEL\b", model, text)
 
 
-def run_block(block: list[str], where: Path, place: str, cold: bool) -> None:
+def run_block(block: list[str], where: Path, place: str, cold: bool = False) -> None:
     """Runs a command; one of Python with the packages imported already, unless `cold`."""
     if not cold and block[0] == sys.executable and block[1].endswith(".py"):
         job = Job(*block[2:], cwd=where, script=Path(block[1]), env={"PYTHONPATH": ""})
