@@ -1,6 +1,7 @@
 """Linear layers whose weights lie as this CPU multiplies them, for as long as a window of texts is encoded.
 
-oneDNN otherwise rearranges each weight again for every micro-batch.
+oneDNN otherwise rearranges each weight again for every micro-batch. A GELU that follows a layer is computed with it, while
+the product is in the cache.
 """
 
 import platform
@@ -28,6 +29,17 @@ def can_pack(module: Any) -> bool:
     )
 
 
+def is_linear_and_gelu(module: Any) -> bool:
+    """Whether a module, as BERT's family has it, is a linear layer `dense` and the exact GELU of what that gives."""
+    return (
+        type(module).__name__.endswith("Intermediate")
+        and type(module).__module__.startswith("transformers.models.")
+        and getattr(getattr(module, "intermediate_act_fn", None), "act", None) is torch.nn.functional.gelu
+        and hasattr(module, "dense")
+        and "forward" not in module.__dict__
+    )
+
+
 class PackedLinears:
     """The rearranged weights of a model's linear layers: a second copy of them, made when it is first used.
 
@@ -37,6 +49,7 @@ class PackedLinears:
     def __init__(self, backbone: torch.nn.Module) -> None:
         self.backbone = backbone
         self.weights: dict[Any, torch.Tensor] | None = None
+        self.with_gelu: list[Any] = []
         self.is_available = (
             platform.machine().lower() in ("x86_64", "amd64")
             and torch.backends.mkldnn.is_available()
@@ -54,17 +67,22 @@ class PackedLinears:
         if self.weights is None:
             layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
             self.weights = {layer: torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) for layer in layers}
-        before = {layer: layer.__dict__.get("forward") for layer in self.weights}
+            pairs = [module for module in self.backbone.modules() if is_linear_and_gelu(module)]
+            self.with_gelu = [module for module in pairs if module.dense in self.weights]
+        before = {module: module.__dict__.get("forward") for module in (*self.weights, *self.with_gelu)}
         for layer, weight in self.weights.items():
-            layer.forward = partial(_linear, weight, layer.bias)
+            layer.forward = partial(_linear, weight, layer.bias, "none")
+        for module in self.with_gelu:
+            module.forward = partial(_linear, self.weights[module.dense], module.dense.bias, "gelu")
         try:
             yield
         finally:
-            for layer, forward in before.items():
-                layer.__dict__.pop("forward")
+            for module, forward in before.items():
+                module.__dict__.pop("forward")
                 if forward is not None:
-                    layer.forward = forward
+                    module.forward = forward
 
 
-def _linear(weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, "none", [], "")
+def _linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str, states: torch.Tensor) -> torch.Tensor:
+    """What an activation ("none", "gelu") makes of the product."""
+    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], "none")

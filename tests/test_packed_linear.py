@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from test_unpadded import build
 
 from bge_accel import EmbeddingModel, encoding, packed_linear
 from bge_accel.in_place_gradients import add_gradients_in_place, is_linear
@@ -18,7 +19,7 @@ def packing(monkeypatch):
         pytest.skip("this torch or CPU has no rearranged weights")
     seen, linear = [], packed_linear._linear
     monkeypatch.setattr(packed_linear, "MIN_TOKENS", 0)
-    monkeypatch.setattr(packed_linear, "_linear", lambda *inputs: seen.append(1) or linear(*inputs))
+    monkeypatch.setattr(packed_linear, "_linear", lambda *inputs: seen.append(inputs[2]) or linear(*inputs))
     return seen
 
 
@@ -37,6 +38,21 @@ def test_embeddings_are_the_same(tiny_model, packing, dtype, tolerance, monkeypa
     np.testing.assert_allclose(ours, expected, atol=tolerance, rtol=0)
     assert np.min((ours * expected).sum(1)) > 0.9999
     assert len(packing) % 13 == 0 and bool(packing) == (dtype != "float64")  # two layers of six, and the pooler
+    assert packing.count("gelu") * 13 == len(packing) * 2
+
+
+@pytest.mark.parametrize(("activation", "together"), [("gelu", True), ("gelu_new", False), ("relu", False)])
+@pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
+def test_a_gelu_is_computed_with_its_layer(family, activation, together, packing):
+    backbone = build(family, torch.float32, hidden_act=activation)
+    ids = torch.arange(5, 29).view(2, 12)
+    packed = PackedLinears(backbone)
+    with torch.no_grad():
+        expected = backbone(ids).last_hidden_state
+        with packed.used_for(1):
+            found = backbone(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert ("gelu" in packing) == together and not any("forward" in module.__dict__ for module in backbone.modules())
 
 
 def test_weights_changed_between_calls_are_seen(tiny_model, packing, monkeypatch):
