@@ -179,7 +179,7 @@ def _unflat(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, factor: float, product: torch.Tensor) -> torch.Tensor:
-    """factor left right, written into `product`."""
+    """factor left right, written into `product`, whose values are not read."""
     return product.baddbmm_(left, right, beta=0, alpha=factor)
 
 

@@ -6,7 +6,7 @@ more pass over all weights for each micro-batch; and where autocast computes in 
 gradients for each, where here the weights are cast once a step.
 """
 
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ def add_gradients_in_place(backbone: Any) -> None:
 
     For a model in one process, on a CPU: whatever averages or shards gradients waits for those of autograd.
     """
+    _count_steps()
     for module in backbone.modules():
         if (
             type(module) is torch.nn.Embedding
@@ -91,13 +92,15 @@ def _cast(module: torch.nn.Linear, parameters: list[torch.Tensor], dtype: torch.
     return known[1]
 
 
-def _count_step(*args: Any) -> None:
-    # A fused step does not count as a change of a parameter's version.
-    global _num_steps
-    _num_steps += 1
+@cache  # once
+def _count_steps() -> None:
+    """Has every optimiser's steps counted: a fused one does not count as a change of a parameter's version."""
 
+    def count(*args: Any) -> None:
+        global _num_steps
+        _num_steps += 1
 
-register_optimizer_step_post_hook(_count_step)
+    register_optimizer_step_post_hook(count)
 
 
 class _Multiply(torch.autograd.Function):

@@ -84,5 +84,5 @@ class PackedLinears:
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str, states: torch.Tensor) -> torch.Tensor:
-    """What an activation ("none", "gelu") makes of the product."""
+    """The product with its bias, or the activation ("gelu") of it."""
     return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], "none")

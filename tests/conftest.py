@@ -90,7 +90,7 @@ def precision_of_every_machine() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def no_job_is_left() -> Iterator[None]:
-    """What a test that failed has started would go on."""
+    """Kills what a failed test has left running."""
     yield
     if "warm_start" in sys.modules:
         sys.modules["warm_start"].end_all()
