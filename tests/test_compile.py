@@ -63,6 +63,7 @@ def test_gradients_are_the_same_and_programs_few(steady_model: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_computed_again_drops_the_same(tiny_model: str) -> None:
     encoder, _, _ = load_encoder(tiny_model)
     torch._dynamo.reset()

@@ -15,7 +15,7 @@ from test_finetune_script import log, write_rows
 
 CONFIGS = sorted((REPO / "configs" / "accelerate").glob("*.yaml"))
 # Of the same launcher and kind as another.
-MORE = ("zero2", "zero2_offload", "multi_gpu_fp16", "fsdp2_checkpointing")
+MORE = ("gpu", "multi_gpu_bf16", "multi_gpu_fp16", "zero1", "zero2", "zero2_offload", "fsdp2_checkpointing")
 MARKED = [pytest.param(path, marks=[pytest.mark.exhaustive] * (path.stem in MORE)) for path in CONFIGS]
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"

@@ -82,6 +82,7 @@ def start(tmp_path: Path, tiny_model: str, data: Path) -> Start:
     return start
 
 
+EXHAUSTIVE = (pytest.mark.slow, pytest.mark.exhaustive)
 KINDS: dict[str, tuple[int, list[str]]] = {
     "one process": (1, []),
     "two processes": (2, ["--negatives_cross_device"]),
@@ -199,8 +200,8 @@ def kill_again_and_again(start: Callable[[], Job], out: Path, kills: int, seed: 
         pytest.param("one process", 10, marks=pytest.mark.slow),
         pytest.param("two processes", 4, marks=pytest.mark.slow),
         pytest.param("streaming", 4, marks=pytest.mark.slow),
-        pytest.param("several sources", 3, marks=pytest.mark.slow),
-        pytest.param("mixed sources", 3, marks=pytest.mark.slow),
+        pytest.param("several sources", 3, marks=EXHAUSTIVE),
+        pytest.param("mixed sources", 3, marks=EXHAUSTIVE),
     ],
 )
 def test_killed_at_any_moment_it_ends_the_same(
@@ -296,7 +297,7 @@ def test_two_processes_see_the_same_rows_in_each_step(data: Path, uninterrupted:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [(4,), (1, 2, 4, 1)], ids=str)
+@pytest.mark.parametrize("processes", [pytest.param((4,), marks=pytest.mark.exhaustive), (1, 2, 4, 1)], ids=str)
 def test_the_rows_do_not_depend_on_the_number_of_processes(
     tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path], processes: tuple[int, ...]
 ) -> None:
@@ -667,7 +668,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_the_model_is_
 # ---- loss scaling and sharding
 
 
-@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_torch_fused", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("optim", ["adamw_torch", pytest.param("adamw_torch_fused", marks=EXHAUSTIVE)])
 def test_the_loss_scale_is_gone_on_with(tmp_path: Path, start: Start, optim: str) -> None:
     """It overflows until it is low enough; the run is stopped before its first step, and later."""
     more = ("--optim", optim, "--max_steps", 8, "--num_train_epochs", 1)
@@ -697,7 +698,7 @@ def launched_by(config: str, folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config", ["fsdp2", *(pytest.param(mode, marks=pytest.mark.exhaustive) for mode in ("zero1", "zero2")), "zero3"]
+    "config", ["fsdp2", *(pytest.param(mode, marks=pytest.mark.exhaustive) for mode in ("zero1", "zero2", "zero3"))]
 )
 def test_sharded_training_goes_on_the_same(tmp_path: Path, data: Path, start: Start, config: str) -> None:
     if config != "fsdp2":

@@ -192,7 +192,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", ["fsdp2", pytest.param("zero1", marks=pytest.mark.exhaustive), "zero3"])
+@pytest.mark.parametrize(
+    "config", ["fsdp2", *(pytest.param(mode, marks=pytest.mark.exhaustive) for mode in ("zero1", "zero3"))]
+)
 def test_sharded_training_is_measured(
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
