@@ -130,7 +130,7 @@ def test_one_command_starts_them(run_script, tmp_path, tiny_model, beir):
     (beir / "corpus.jsonl").write_text('{"_id": "d0", "text": "king"}\n')
     alone, _ = evaluate(tmp_path, tiny_model, "alone")
     args = ["--encoder", tiny_model, "--corpus_data", "beir", "--k", 40, "--num_processes", 2]
-    done = run_script("evaluate_retrieval.py", *args)
+    done = run_script("evaluate_retrieval.py", *args, cold=True)
     together = json.loads((tmp_path / "metrics.json").read_text())
     assert together["model"]["processes"] == 2 and done.stdout.count("judged queries") == 1
     assert together["metrics"] == pytest.approx(alone["metrics"], abs=1e-5)

@@ -12,6 +12,7 @@ def test_the_demonstration_improves_the_real_encoder(tmp_path: Path, real_model:
     result = run_script(
         *("demo.py", "--output_dir", "demo", "--max_steps", 12, "--batch_size", 32, "--max_length", 16),
         timeout=900,
+        cold=True,
     )
     for name in ("MRR@10", "nDCG@10", "Recall@10", "Recall@100"):
         assert any(line.startswith(name) for line in result.stdout.splitlines())
@@ -27,5 +28,7 @@ def test_the_demonstration_improves_the_real_encoder(tmp_path: Path, real_model:
 
 
 def test_a_wrong_model_is_refused_at_once(tmp_path: Path, run_script: Run) -> None:
-    result = run_script("demo.py", "--model_name_or_path", "./nowhere", "--output_dir", "demo", status=2, timeout=20)
+    result = run_script(
+        "demo.py", "--model_name_or_path", "./nowhere", "--output_dir", "demo", status=2, timeout=20, cold=True
+    )
     assert "./nowhere is not a folder" in result.stderr and not (tmp_path / "demo").exists()

@@ -376,5 +376,5 @@ def test_torchrun_starts_two(tmp_path, tiny_model, run_script):
     write(tmp_path / "toy.jsonl", make_rows(1100))
     args = ("--model_name_or_path", tiny_model, "--input_file", "toy.jsonl", "--range_for_sampling", "0-50")
     run_script("mine_hard_negatives.py", *args, "--output_file", "one.jsonl")
-    run_script("mine_hard_negatives.py", *args, "--output_file", "two.jsonl", processes=2)
+    run_script("mine_hard_negatives.py", *args, "--output_file", "two.jsonl", processes=2, cold=True)
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
