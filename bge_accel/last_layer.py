@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bge_accel import cpu_dropout, unpadded
+from bge_accel import cpu_attention, unpadded
 
 
 def prepare(backbone: Any) -> bool:
@@ -60,8 +60,8 @@ def _forward(
     if starts is None:
         query, key, value = (states.transpose(1, 2) for states in (query, key, value))
         mask = None if attention_mask is None else attention_mask[:, :, :1]  # the same for every query
-        if 0 < dropout < 1 and own.config._attn_implementation == cpu_dropout.NAME and hidden.device.type == "cpu":
-            attended = cpu_dropout.attend(query, key, value, mask, dropout)
+        if own.config._attn_implementation == cpu_attention.NAME and hidden.device.type == "cpu":
+            attended = cpu_attention.attend(query, key, value, mask, dropout)
         else:
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         attended = attended.transpose(1, 2)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bge_accel import cpu_dropout
+from bge_accel import cpu_attention
 
 # What computes attention over packed texts: query, key and value (tokens, heads, head_dim), for queries and for keys where
 # each text begins and the last ends, (texts + 1,) int32 on their device, for both the most tokens of a text, and the dropout
@@ -104,7 +104,7 @@ def why_not(config: Any) -> str | None:
 
 def attends_as_sdpa(config: Any) -> bool:
     """Whether attention is torch's or one of ours, which take padded texts and masks as torch's does."""
-    return config._attn_implementation in ("sdpa", cpu_dropout.NAME) or is_in_use(config)
+    return config._attn_implementation in ("sdpa", cpu_attention.NAME) or is_in_use(config)
 
 
 def check_kernel(kernel: str, device: torch.device, precision: str) -> None:
@@ -155,7 +155,7 @@ def use_kernel(backbone: Any, kernel: str) -> None:
     reason = why_not(backbone.config)
     if reason is not None:
         raise ValueError(f"this model cannot run without padding: {reason}")
-    cpu_dropout.set_attention(backbone, PREFIX + kernel, _attention)
+    cpu_attention.set_attention(backbone, PREFIX + kernel, _attention)
 
 
 def _attention(
@@ -172,7 +172,7 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention function: (1, heads, tokens, head_dim) to (1, tokens, heads, head_dim)."""
     if starts is None:
-        return cpu_dropout.attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        return cpu_attention.attention(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     assert scaling is None or abs(scaling * query.shape[-1] ** 0.5 - 1) < 1e-6
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return attend(module.config, query, key, value, starts, longest, dropout), None

@@ -476,6 +476,7 @@ def main(cfg: Config) -> None:
         write_manifest,
         write_state,
     )
+    from bge_accel.cpu_attention import use_cpu_attention
     from bge_accel.cpu_dropout import use_cpu_dropout
     from bge_accel.distributed import gather, gather_with_grad, largest
     from bge_accel.encoding import prefetch
@@ -664,6 +665,7 @@ def main(cfg: Config) -> None:
         enable_gradient_checkpointing(encoder.backbone)
     if device.type == "cpu" and not cfg.torch_compile:  # which cannot look into these
         use_cpu_dropout(encoder.backbone)
+        use_cpu_attention(encoder.backbone)
         if world == 1 and not is_sharded and not pure_bf16:
             add_gradients_in_place(encoder.backbone)
     if cfg.attention != "padded":

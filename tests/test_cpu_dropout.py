@@ -11,9 +11,10 @@ from conftest import Run
 from test_finetune_script import log, write_rows
 from test_unpadded import build, padded
 
-from bge_accel import cpu_dropout, unpadded
+from bge_accel import cpu_attention, cpu_dropout, unpadded
 from bge_accel.batching import make_token_batch
-from bge_accel.cpu_dropout import KeepMask, attend, drop, use_cpu_dropout
+from bge_accel.cpu_attention import use_cpu_attention
+from bge_accel.cpu_dropout import KeepMask, drop, use_cpu_dropout
 from bge_accel.model import Encoder, enable_gradient_checkpointing, load_encoder, save_encoder
 from bge_accel.training import ActivationBudget, embed_and_backward
 
@@ -62,72 +63,13 @@ def test_states_and_gradients_are_dropped_alike(dtype):
     assert not torch.equal(drop(states, 0.3), dropped)
 
 
-def plain(query, key, value, attention_mask, dropout, scaling):
-    """The formula, with the mask that torch's generator gives."""
-    scores = (query @ key.transpose(-1, -2)) * scaling
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, float("-inf"))
-    flat = scores.flatten(0, 1)
-    keep = KeepMask(flat.shape, dropout).kept.view(scores.shape)
-    return (scores.softmax(-1) * keep / (1 - dropout)) @ value
-
-
-@pytest.mark.parametrize("chunk", ["one head", "some", "all"])
-@pytest.mark.parametrize("num_queries", [1, 9])
-@pytest.mark.parametrize("is_padded", [True, False])
-@pytest.mark.parametrize("scaling", [None, 0.3])
-def test_attention_is_the_formula(chunk, num_queries, is_padded, scaling, monkeypatch):
-    """Outputs and gradients, from tensors laid out as a model has them; the masks whatever fits the cache."""
-    generator = torch.Generator().manual_seed(1)
-    query, key, value = (
-        torch.randn(5, length, 3, 4, dtype=torch.float64, generator=generator).transpose(1, 2).requires_grad_()
-        for length in (num_queries, 9, 9)
-    )
-    is_token = None
-    if is_padded:
-        lengths = torch.tensor([9, 9, 4, 1, 7])
-        is_token = (torch.arange(9) < lengths[:, None])[:, None, None].expand(-1, 1, num_queries, -1)
-    heads = {"one head": 1, "some": 4, "all": 15}[chunk]
-    monkeypatch.setattr(cpu_dropout, "CHUNK_BYTES", -(-heads * num_queries * 9 * 8 // torch.get_num_threads()))
-    torch.manual_seed(11)
-    ours = attend(query, key, value, is_token, 0.2, scaling)
-    torch.manual_seed(11)
-    expected = plain(query, key, value, is_token, 0.2, 0.5 if scaling is None else scaling)
-    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
-    found = torch.autograd.grad((ours * weights).sum(), (query, key, value))
-    for gradient, other in zip(
-        found, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
-    ):
-        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
-
-
-def test_in_half_precision_attention_is_computed_in_float32():
-    query, key, value = (torch.randn(2, 3, 9, 4).bfloat16().requires_grad_() for _ in range(3))
-    torch.manual_seed(2)
-    ours = attend(query, key, value, None, 0.2)
-    torch.manual_seed(2)
-    precise = attend(query.float(), key.float(), value.float(), None, 0.2)
-    assert ours.dtype == torch.bfloat16 and torch.equal(ours, precise.bfloat16())
-    ours.sum().backward()
-    assert query.grad.dtype == torch.bfloat16 and key.grad.abs().sum() > 0 and value.grad.abs().sum() > 0
-
-
-def test_the_mean_of_many_draws_is_attention_without_dropout():
-    query, key, value = (torch.randn(1, 2, 6, 4, dtype=torch.float64) for _ in range(3))
-    torch.manual_seed(0)
-    many = attend(*(tensor.expand(20_000, -1, -1, -1) for tensor in (query, key, value)), None, 0.3)
-    exact = torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    deviation = many.std(0) / 20_000**0.5 + 1 / 256  # the threshold that all share
-    assert ((many.mean(0) - exact[0]).abs() < 5 * deviation).all()
-
-
 def dropping(family="bert", pooling="mean", **config):
     """An encoder in training with this dropout, in float64."""
     encoder = Encoder(
         build(family, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, **config), pooling, normalize=True
     ).train()
     use_cpu_dropout(encoder.backbone)
+    use_cpu_attention(encoder.backbone)
     return encoder
 
 
@@ -155,9 +97,9 @@ def test_every_dropout_of_torch_is_replaced(pooling, monkeypatch):
         raise AssertionError("torch's dropout")
 
     calls = []
-    for name in ("drop", "attend"):
-        own = getattr(cpu_dropout, name)
-        monkeypatch.setattr(cpu_dropout, name, lambda *args, own=own, name=name: (calls.append(name), own(*args))[1])
+    for module, name in ((cpu_dropout, "drop"), (cpu_attention, "attend")):
+        own = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, own=own, name=name: (calls.append(name), own(*args))[1])
     monkeypatch.setattr(torch.nn.functional, "dropout", refuse)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
     encoder(**padded([5, 1, 12], encoder.config)).sum().backward()
@@ -222,6 +164,7 @@ def test_models_of_other_kinds_keep_their_attention():
     )
     model = BertModel(config)
     use_cpu_dropout(model)
+    use_cpu_attention(model)
     assert model.config._attn_implementation == "sdpa"
     assert "forward" in model.embeddings.dropout.__dict__
 
@@ -229,10 +172,11 @@ def test_models_of_other_kinds_keep_their_attention():
 def test_nothing_of_it_is_saved(tiny_model: str, tmp_path: Path):
     encoder, tokenizer, settings = load_encoder(tiny_model)
     use_cpu_dropout(encoder.backbone)
+    use_cpu_attention(encoder.backbone)
     copied = copy.deepcopy(encoder)
-    assert copied.config._attn_implementation == cpu_dropout.NAME
+    assert copied.config._attn_implementation == cpu_attention.NAME
     save_encoder(str(tmp_path / "saved"), encoder, tokenizer, settings)
-    assert cpu_dropout.NAME not in (tmp_path / "saved" / "config.json").read_text()
+    assert cpu_attention.NAME not in (tmp_path / "saved" / "config.json").read_text()
     again, _, _ = load_encoder(str(tmp_path / "saved"))
     assert again.config._attn_implementation == "sdpa"
 
