@@ -10,6 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+# Tokenised together: whole texts are, whatever they are cut to, and more of them would only take memory.
+TEXTS_AT_ONCE = 256
+
 
 @dataclass
 class TokenBatch:
@@ -33,16 +36,17 @@ class TokenBatch:
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
     """Token ids of each text with special tokens, cut to `max_length`."""
-    if not texts:
-        return []
-    return tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-    )["input_ids"]
+    token_ids: list[list[int]] = []
+    for start in range(0, len(texts), TEXTS_AT_ONCE):
+        token_ids += tokenizer(
+            list(texts[start : start + TEXTS_AT_ONCE]),
+            truncation=True,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+        )["input_ids"]
+    return token_ids
 
 
 def default_token_budget(

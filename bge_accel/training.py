@@ -8,6 +8,7 @@ encoder micro-batch by micro-batch, from the graphs that were kept or by computi
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import accumulate, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -105,14 +106,25 @@ def embed_and_backward(
     assert backward is None or activations.max_bytes == 0
     inputs = [encoder_inputs(micro_batch, device, packed_for) for micro_batch in batch.micro_batches]
     sizes = [mb["input_ids"].numel() for mb in inputs]
+    ends = list(accumulate(len(mb["input_ids"]) for mb in batch.micro_batches))
+    rows = [slice(start, end) for start, end in pairwise([0, *ends])]
+    together: torch.Tensor | None = None
 
-    states, embeddings = [], []
+    def note(embedded: torch.Tensor, index: int) -> torch.Tensor:
+        # Into one tensor at once: small ones between the freed activations would hold on to their memory.
+        nonlocal together
+        if together is None:
+            together = embedded.new_empty((batch.num_texts, embedded.shape[1]))
+        together[rows[index]] = embedded.detach()
+        return embedded
+
+    states = []
     if not activations.is_settled:
         states.append(_rng_state(device))
         with no_sync():
             first, used = _with_measured_activations(encoder, inputs[0], device)
         activations.bytes_per_token = used / sizes[0]
-        embeddings.append(first.detach())
+        note(first, 0)
         del first
     keep = activations.num_kept(sizes[len(states) :])
     recompute = len(inputs) - keep
@@ -121,36 +133,34 @@ def embed_and_backward(
     sync_in_joint = last and recompute == 0
 
     with torch.no_grad():
-        for micro_batch in inputs[len(states) : recompute]:
+        for index in range(len(states), recompute):
             states.append(_rng_state(device))
-            embeddings.append(encoder(**micro_batch))
+            note(encoder(**inputs[index]), index)
     with nullcontext() if sync_in_joint else no_sync():
-        kept = [encoder(**micro_batch) for micro_batch in inputs[recompute:]]
+        kept = [note(encoder(**inputs[index]), index) for index in range(recompute, len(inputs))]
 
-    together = torch.cat([*embeddings, *(emb.detach() for emb in kept)])
-    del embeddings
+    assert together is not None
     restore = to_device(batch.restore, device)
     leaf = together[restore].requires_grad_()
     loss, output = loss_fn(leaf)
     scale_loss(loss).backward()
     assert leaf.grad is not None
-    # Undo the order: the gradient of each micro-batch's rows.
-    grad = torch.empty_like(together)
-    grad[restore] = leaf.grad
-    grads = list(grad.split([len(mb["input_ids"]) for mb in batch.micro_batches]))
+    grad, together = together, None
+    grad[restore] = leaf.grad  # undoes the order: the gradient of each micro-batch's rows
+    del leaf, loss
 
     if kept:
         with nullcontext() if sync_in_joint else no_sync():
-            torch.autograd.backward(kept, grads[recompute:])
+            torch.autograd.backward(kept, [grad[rows[index]] for index in range(recompute, len(inputs))])
         del kept
     for index in range(recompute):
         is_last = last and index == recompute - 1
         with nullcontext() if is_last else no_sync(), _replayed_rng(states[index], device):
             embedded = encoder(**inputs[index])
             if backward is None:
-                embedded.backward(gradient=grads[index])
+                embedded.backward(gradient=grad[rows[index]])
             else:
-                backward(embedded, grads[index], is_last)
+                backward(embedded, grad[rows[index]], is_last)
     return output
 
 

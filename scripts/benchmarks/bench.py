@@ -187,9 +187,7 @@ def measure_limit(name: str, model: str, device: str) -> float:
 TRAININGS = (
     ("demo", 256, False, "mean", False, "demonstration's data"),
     ("equal", 128, True, "mean", False, "equal lengths"),
-    ("cls demo", 256, False, "cls", False, "demonstration's data, CLS pooling"),
     ("cls long", 512, False, "cls", False, "demonstration's data up to 512 tokens, CLS pooling"),
-    ("cls equal", 128, True, "cls", False, "equal lengths, CLS pooling"),
     ("dropout demo", 256, False, "mean", True, "demonstration's data, with the model's dropout"),
     ("dropout cls", 256, False, "cls", True, "demonstration's data, CLS pooling, with the model's dropout"),
     ("dropout equal", 128, True, "mean", True, "equal lengths, with the model's dropout"),
