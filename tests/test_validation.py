@@ -209,6 +209,8 @@ def test_sharded_training_is_measured(
     write_rows(tmp_path / "odd.jsonl", 7, seed=3)
     more = ("--max_steps", 6, "--save_steps", 100, "--negatives_cross_device", "--adam_epsilon", 0.01)
     more = (*more, "--eval_data", dev, tmp_path / "odd.jsonl", "--eval_steps", 3, "--load_best_model_at_end")
+    # A random model's states of the first token are the same but for rounding, whatever the text: all ranks would be ties.
+    more = (*more, "--sentence_pooling_method", "mean")
     env = {**launched_by(config, tmp_path), "DS_ACCELERATOR": "cpu"}
     start("sharded", *more, model=model, processes=2, through=(ON_CPU,), env=env).ends(timeout=400)
     start("plain", *more, model=model).ends()
@@ -216,5 +218,5 @@ def test_sharded_training_is_measured(
     assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [3, 6]
     for one, other in zip(ours, theirs, strict=True):
         for name in ("dev", "odd"):  # rounding may make two passages change places
-            assert one["eval"][name]["nDCG@100"] == pytest.approx(other["eval"][name]["nDCG@100"], abs=0.03)
+            assert one["eval"][name]["nDCG@100"] == pytest.approx(other["eval"][name]["nDCG@100"], abs=0.01)
     assert (tmp_path / "sharded" / "model.safetensors").exists() and not (tmp_path / "sharded" / "best").exists()
