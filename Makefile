@@ -4,7 +4,7 @@
 # make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
 # make test-versions  the fast tests with the lowest and the highest versions that requirements.txt allows (long)
 # make lint            ruff and mypy
-# make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour in all)
+# make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour and a half in all)
 # make bench-check     which ratio of the last `make bench` is more than 15 % below docs/benchmarks.json
 
 PYTHON ?= python3

@@ -79,6 +79,9 @@ def attend(
     Returns:
         (n, heads, queries, head_dim), of the queries' type.
     """
+    in_float32 = query.dtype in (torch.bfloat16, torch.float16) and key.shape[2] <= MOST_FLOAT32_TOKENS
+    if not 0 < dropout < 1 and not in_float32:
+        return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     bias = None
     if attention_mask is not None:
         is_token = attention_mask[:, :, :1]
@@ -90,10 +93,8 @@ def attend(
         bias = None if bias is None else bias.expand(-1, heads, 1, -1).flatten(0, 1)
         keep = KeepMask(torch.Size((n * heads, num_queries, key.shape[2])), dropout)
         attended = _AttendAndDrop.apply(query, key, value, bias, keep, 1 / (1 - dropout), scaling)
-    elif query.dtype in (torch.bfloat16, torch.float16) and key.shape[2] <= MOST_FLOAT32_TOKENS:
-        attended = _AttendInFloat32.apply(query, key, value, bias, scaling)
     else:
-        attended = F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
+        attended = _AttendInFloat32.apply(query, key, value, bias, scaling)
     return attended
 
 

@@ -39,7 +39,7 @@ def test_other_tools_have_to_be_there(tmp_path: Path) -> None:
 
 def ratio_of_least_memory(large: dict) -> float:
     """sentence-transformers' seconds to those of the line with the least memory: the median of the rounds."""
-    least = min((own for own in large["tools"].values()), key=lambda own: own["megabytes"])
+    least = min(large["tools"].values(), key=lambda own: own["megabytes"])
     pairs = zip(large["tools"]["sentence-transformers"]["samples"], least["samples"], strict=True)
     return median(theirs / ours for theirs, ours in pairs)
 
