@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from bge_accel.unpadded import num_packed
+
 # Tokenised together: whole texts are, whatever they are cut to, and more of them would only take memory.
 TEXTS_AT_ONCE = 256
 
@@ -89,6 +91,7 @@ def plan_micro_batches(
     max_texts: int | None = None,
     overhead_tokens: int = 96,
     pad_to_multiple_of: int = 1,
+    packed: bool = False,
 ) -> list[np.ndarray]:
     """Cuts texts, sorted by length, into micro-batches at the least cost.
 
@@ -96,21 +99,29 @@ def plan_micro_batches(
     network, counted in tokens); the cuts that minimise the sum are found by dynamic programming. No micro-batch is
     larger than `max_tokens` padded tokens, save one that holds a single longer text.
 
+    Args:
+        packed: the texts will lie side by side, without padding: a micro-batch's size is that of its real tokens.
+
     Returns:
         Indices into `lengths` of each micro-batch, longest texts first. They depend on nothing but the arguments.
     """
     num_texts = len(lengths)
     order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
-    widths = -(-np.asarray(lengths, dtype=np.int64)[order] // pad_to_multiple_of) * pad_to_multiple_of
-    most = np.maximum(max_tokens // np.maximum(widths, 1), 1)
-    if max_texts is not None:
-        most = np.minimum(most, max_texts)
+    widths = np.asarray(lengths, dtype=np.int64)[order]
+    if packed:
+        before = np.concatenate([[0], np.cumsum(widths)])
+        most = np.searchsorted(before, before[:-1] + max_tokens, "right") - 1 - np.arange(num_texts)
+    else:
+        widths = -(-widths // pad_to_multiple_of) * pad_to_multiple_of
+        most = max_tokens // np.maximum(widths, 1)
+    most = np.clip(most, 1, max_texts)
     cost = np.full(num_texts + 1, np.iinfo(np.int64).max, dtype=np.int64)
     cost[0] = 0
     start_of = np.zeros(num_texts + 1, dtype=np.int64)
     for start in range(num_texts):
         sizes = np.arange(1, min(most[start], num_texts - start) + 1)
-        reached = cost[start] + widths[start] * sizes + overhead_tokens
+        slots = before[start + sizes] - before[start] if packed else widths[start] * sizes
+        reached = cost[start] + slots + overhead_tokens
         ends = slice(start + 1, start + 1 + len(sizes))
         better = reached < cost[ends]
         cost[ends][better] = reached[better]
@@ -131,12 +142,22 @@ def make_token_batch(
     overhead_tokens: int = 96,
     padding_side: str = "right",
     pad_to_multiple_of: int | None = None,
+    packed_for: Any = None,
 ) -> TokenBatch:
-    """Pads token ids into the micro-batches of `plan_micro_batches`."""
+    """Pads token ids into the micro-batches of `plan_micro_batches`.
+
+    Args:
+        packed_for: configuration of a model for which `unpadded.pack` will take the padding off again.
+    """
     multiple = pad_to_multiple_of or 1
     lengths = [len(ids) for ids in token_ids]
     plan = plan_micro_batches(
-        lengths, max_tokens, max_texts=max_texts, overhead_tokens=overhead_tokens, pad_to_multiple_of=multiple
+        lengths,
+        max_tokens,
+        max_texts=max_texts,
+        overhead_tokens=overhead_tokens,
+        pad_to_multiple_of=multiple,
+        packed=packed_for is not None,
     )
     micro_batches, num_slots = [], 0
     for texts in plan:
@@ -147,7 +168,8 @@ def make_token_batch(
             where = slice(width - lengths[i], width) if padding_side == "left" else slice(lengths[i])
             input_ids[row, where] = token_ids[i]
             attention_mask[row, where] = 1
-        num_slots += input_ids.size
+        of_texts = sum(lengths[i] for i in texts)
+        num_slots += input_ids.size if packed_for is None else num_packed(of_texts, packed_for)
         micro_batches.append(
             {"input_ids": torch.from_numpy(input_ids), "attention_mask": torch.from_numpy(attention_mask)}
         )

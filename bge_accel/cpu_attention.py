@@ -6,7 +6,9 @@ torch's backward pass takes up to ten times as long as in float32, so texts of o
 """
 
 from collections.abc import Callable
-from typing import Any
+from itertools import groupby, pairwise
+from operator import methodcaller
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,7 +69,7 @@ def attend(
     dropout: float = 0.0,
     scaling: float | None = None,
 ) -> torch.Tensor:
-    """Attention on a CPU; with dropout it is computed in float32 or better.
+    """Attention on a CPU of padded texts; with dropout it is computed in float32 or better.
 
     Args:
         query: (n, heads, queries, head_dim).
@@ -79,27 +81,86 @@ def attend(
     Returns:
         (n, heads, queries, head_dim), of the queries' type.
     """
-    in_float32 = query.dtype in (torch.bfloat16, torch.float16) and key.shape[2] <= MOST_FLOAT32_TOKENS
-    if not 0 < dropout < 1 and not in_float32:
+    if not 0 < dropout < 1 and not _is_float32_faster(query, key.shape[2]):
         return F.scaled_dot_product_attention(query, key, value, attention_mask, dropout, scale=scaling)
     bias = None
     if attention_mask is not None:
         is_token = attention_mask[:, :, :1]
         bias = torch.zeros(is_token.shape, dtype=_precise(query.dtype)).masked_fill_(~is_token, float("-inf"))
-    attended: torch.Tensor
-    if 0 < dropout < 1:
-        n, heads, num_queries, head_dim = query.shape
-        scaling = head_dim**-0.5 if scaling is None else scaling
-        bias = None if bias is None else bias.expand(-1, heads, 1, -1).flatten(0, 1)
-        keep = KeepMask(torch.Size((n * heads, num_queries, key.shape[2])), dropout)
-        attended = _AttendAndDrop.apply(query, key, value, bias, keep, 1 / (1 - dropout), scaling)
-    else:
-        attended = _AttendInFloat32.apply(query, key, value, bias, scaling)
+    n, heads, num_queries, _ = query.shape
+    whole = Block(slice(n), slice(n), None, slice(None))
+    scores = n * heads * num_queries * key.shape[2]
+    attended: torch.Tensor = _Attend.apply(query, key, value, [whole], bias, scores, dropout, scaling)
     return attended
 
 
-class _AttendInFloat32(torch.autograd.Function):
-    """torch's fused attention of half-precision tensors, computed in float32; what is kept is in half precision."""
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    dropout: float = 0.0,
+) -> torch.Tensor:
+    """Attention on a CPU of texts that lie in one row, each within itself: without padding, and without copies of them.
+
+    Args:
+        query, key, value: (tokens, heads, head_dim); what stands behind the last text's end belongs to none, and gets zeros.
+        q_starts, k_starts: (texts + 1,) int, where each text begins and the last ends, for queries and for keys.
+        dropout: as in `attend`.
+
+    Returns:
+        (tokens, heads, head_dim), of the queries' type.
+    """
+    blocks, num_scores = split_into_blocks(q_starts.tolist(), k_starts.tolist(), query.shape[1])
+    attended: torch.Tensor = _Attend.apply(query, key, value, blocks, None, num_scores, dropout, None)
+    return attended
+
+
+class Block(NamedTuple):
+    """Texts of equal length that lie side by side."""
+
+    queries: slice
+    keys: slice
+    num_texts: int | None
+    """None: they have a dimension of their own already, and heads come before tokens."""
+    scores: slice
+    """Which of the scores of all blocks are theirs."""
+
+    def of(self, tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        """(num_texts, heads, length, head_dim) of a tensor, without a copy."""
+        if self.num_texts is None:
+            return tensor
+        length, (_, heads, head_dim) = (rows.stop - rows.start) // self.num_texts, tensor.shape
+        token, head, value = tensor.stride()
+        first = tensor.storage_offset() + rows.start * token
+        return tensor.as_strided((self.num_texts, heads, length, head_dim), (length * token, head, token, value), first)
+
+
+def split_into_blocks(q_starts: list[int], k_starts: list[int], heads: int) -> tuple[list[Block], int]:
+    """Packed texts as blocks, and the number of scores of all."""
+    sizes = [
+        (q_end - q, k_end - k) for (q, q_end), (k, k_end) in zip(pairwise(q_starts), pairwise(k_starts), strict=True)
+    ]
+    blocks: list[Block] = []
+    first = scores = 0
+    for (queries, keys), same in groupby(sizes):
+        num_texts = len(list(same))
+        last, more = first + num_texts, num_texts * heads * queries * keys
+        blocks.append(
+            Block(
+                slice(q_starts[first], q_starts[last]),
+                slice(k_starts[first], k_starts[last]),
+                num_texts,
+                slice(scores, scores + more),
+            )
+        )
+        first, scores = last, scores + more
+    return blocks, scores
+
+
+class _Attend(torch.autograd.Function):
+    """Attention block by block; states and output are kept, nothing of the size of the scores but dropout's bytes."""
 
     @staticmethod
     def forward(
@@ -107,72 +168,128 @@ class _AttendInFloat32(torch.autograd.Function):
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
+        blocks: list[Block],
         bias: torch.Tensor | None,
+        num_scores: int,
+        dropout: float,
         scaling: float | None,
     ) -> torch.Tensor:
-        attended, log_sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query.float(), key.float(), value.float(), attn_mask=bias, scale=scaling
-        )
+        kept = KeepMask(torch.Size((num_scores,)), dropout).kept if 0 < dropout < 1 else None
+        to_precise = _to_precise(query, max(block.of(key, block.keys).shape[2] for block in blocks), dropout)
+        q_all, k_all, v_all = map(to_precise, (query, key, value))
+        attended = torch.empty_like(q_all)
+        log_sums = []
+        for block in blocks:
+            q, k, v = block.of(q_all, block.queries), block.of(k_all, block.keys), block.of(v_all, block.keys)
+            if kept is None:
+                own, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q, k, v, attn_mask=bias, scale=scaling
+                )
+                log_sums.append(sums)
+            else:
+                own = _attend_and_drop(q, k, v, bias, kept[block.scores], 1 / (1 - dropout), scaling)
+            block.of(attended, block.queries).copy_(own)
+        attended[blocks[-1].queries.stop :] = 0
         attended = attended.to(query.dtype)
-        ctx.save_for_backward(query, key, value, attended, log_sums)
-        ctx.settings = {"attn_mask": bias, "scale": scaling}
+        ctx.save_for_backward(query, key, value, *([attended, *log_sums] if kept is None else []))
+        ctx.settings = blocks, bias, kept, dropout, scaling, to_precise
         return attended
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        *tensors, log_sums = ctx.saved_tensors
-        gradients = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad.float(), *(tensor.float() for tensor in tensors), log_sums, 0.0, False, **ctx.settings
-        )
-        return *(gradient.to(grad.dtype) for gradient in gradients), None, None
+        blocks, bias, kept, dropout, scaling, to_precise = ctx.settings
+        query, key, value, *of_fused = ctx.saved_tensors
+        q_all, k_all, v_all, g_all = map(to_precise, (query, key, value, grad))
+        out_all = to_precise(of_fused[0]) if kept is None else None
+        gradients = [torch.empty_like(tensor) for tensor in (q_all, k_all, v_all)]
+        for number, block in enumerate(blocks):
+            q, k, v = block.of(q_all, block.queries), block.of(k_all, block.keys), block.of(v_all, block.keys)
+            g = block.of(g_all, block.queries)
+            if kept is None:
+                out, log_sums = block.of(out_all, block.queries), of_fused[1 + number]
+                own = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                    g, q, k, v, out, log_sums, 0.0, False, attn_mask=bias, scale=scaling
+                )
+            else:
+                own = _drop_backward(g, q, k, v, bias, kept[block.scores], 1 / (1 - dropout), scaling)
+            for whole, rows, part in zip(gradients, (block.queries, block.keys, block.keys), own, strict=True):
+                block.of(whole, rows).copy_(part)
+        for whole, end in zip(gradients, (blocks[-1].queries.stop, *[blocks[-1].keys.stop] * 2), strict=True):
+            whole[end:] = 0
+        return *(gradient.to(query.dtype) for gradient in gradients), None, None, None, None, None
 
 
-class _AttendAndDrop(torch.autograd.Function):
-    """With P = softmax(scaling Q K' + bias), a mask M of zeros and ones, and D = M * P: O = factor D V."""
+def _to_precise(query: torch.Tensor, longest: int, dropout: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What changes states to the type that attention is computed in."""
+    if 0 < dropout < 1 or _is_float32_faster(query, longest):
+        return methodcaller("to", _precise(query.dtype))
+    return lambda states: states
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        bias: torch.Tensor | None,
-        keep: KeepMask,
-        factor: float,
-        scaling: float,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.settings = bias, keep, factor, scaling
-        q, k, v = _flat(query), _flat(key), _flat(value)
-        attended = torch.empty_like(q)
-        scores, mask = _buffers(q, k, 2)
-        for part in _parts(q, scores):
-            size = part.stop - part.start
-            probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
-            probabilities.mul_(mask[:size].copy_(keep.kept[part]))
-            _multiply(probabilities, v[part], factor, attended[part])
-        return attended.view(query.shape).to(query.dtype)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        query, key, value = ctx.saved_tensors
-        bias, keep, factor, scaling = ctx.settings
-        q, k, v, g = _flat(query), _flat(key), _flat(value), _flat(grad)
-        q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        scores, mask, changes = _buffers(q, k, 3)
-        for part in _parts(q, scores):
-            size = part.stop - part.start
-            probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
-            dropped = mask[:size].copy_(keep.kept[part])
-            change = _multiply(g[part], v[part].transpose(1, 2), factor, changes[:size]).mul_(dropped)
-            dropped.mul_(probabilities)
-            _multiply(dropped.transpose(1, 2), g[part], factor, v_grad[part])
-            torch.ops.aten._softmax_backward_data.out(change, probabilities, -1, change.dtype, grad_input=change)
-            _multiply(change, k[part], scaling, q_grad[part])
-            _multiply(change.transpose(1, 2), q[part], scaling, k_grad[part])
-        return _unflat(q_grad, query), _unflat(k_grad, key), _unflat(v_grad, value), None, None, None, None
+def _is_float32_faster(query: torch.Tensor, longest: int) -> bool:
+    return query.dtype in (torch.bfloat16, torch.float16) and longest <= MOST_FLOAT32_TOKENS
+
+
+# ---- one block: with P = softmax(scaling Q K' + bias), a mask M of zeros and ones, and D = M * P: O = factor D V
+
+
+def _attend_and_drop(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor,
+    factor: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    q, k, v = _flat(query), _flat(key), _flat(value)
+    scaling, bias, kept = _settings(query, key, bias, kept, scaling)
+    attended = torch.empty_like(q)
+    scores, mask = _buffers(q, k, 2)
+    for part in _parts(q, scores):
+        size = part.stop - part.start
+        probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
+        probabilities.mul_(mask[:size].copy_(kept[part]))
+        _multiply(probabilities, v[part], factor, attended[part])
+    return attended.view(query.shape)
+
+
+def _drop_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    kept: torch.Tensor,
+    factor: float,
+    scaling: float | None,
+) -> tuple[torch.Tensor, ...]:
+    q, k, v, g = _flat(query), _flat(key), _flat(value), _flat(grad)
+    scaling, bias, kept = _settings(query, key, bias, kept, scaling)
+    q_grad, k_grad, v_grad = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    scores, mask, changes = _buffers(q, k, 3)
+    for part in _parts(q, scores):
+        size = part.stop - part.start
+        probabilities = _probabilities(q[part], k[part], bias, part, scaling, scores[:size])
+        dropped = mask[:size].copy_(kept[part])
+        change = _multiply(g[part], v[part].transpose(1, 2), factor, changes[:size]).mul_(dropped)
+        dropped.mul_(probabilities)
+        _multiply(dropped.transpose(1, 2), g[part], factor, v_grad[part])
+        torch.ops.aten._softmax_backward_data.out(change, probabilities, -1, change.dtype, grad_input=change)
+        _multiply(change, k[part], scaling, q_grad[part])
+        _multiply(change.transpose(1, 2), q[part], scaling, k_grad[part])
+    return q_grad.view(query.shape), k_grad.view(key.shape), v_grad.view(value.shape)
+
+
+def _settings(
+    query: torch.Tensor, key: torch.Tensor, bias: torch.Tensor | None, kept: torch.Tensor, scaling: float | None
+) -> tuple[float, torch.Tensor | None, torch.Tensor]:
+    """The scaling, and bias and mask for each head of each text."""
+    n, heads, num_queries, head_dim = query.shape
+    if bias is not None:
+        bias = bias.expand(-1, heads, 1, -1).flatten(0, 1)
+    return head_dim**-0.5 if scaling is None else scaling, bias, kept.view(n * heads, num_queries, key.shape[2])
 
 
 def _precise(dtype: torch.dtype) -> torch.dtype:
@@ -181,13 +298,7 @@ def _precise(dtype: torch.dtype) -> torch.dtype:
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """(n, heads, length, head_dim), laid out in any way, to (n * heads, length, head_dim)."""
-    return torch.empty(tensor.shape, dtype=_precise(tensor.dtype)).copy_(tensor).flatten(0, 1)
-
-
-def _unflat(flat: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The opposite, laid out as the linear layers have it: tokens before heads."""
-    n, heads, length, head_dim = like.shape
-    return torch.empty(n, length, heads, head_dim, dtype=like.dtype).transpose(1, 2).copy_(flat.view(like.shape))
+    return torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor).flatten(0, 1)
 
 
 def _multiply(left: torch.Tensor, right: torch.Tensor, factor: float, product: torch.Tensor) -> torch.Tensor:

@@ -151,8 +151,6 @@ def encode_windows(
     config: Any = encoder.backbone.config
     is_unpadded = unpadded.is_in_use(config)
     packed = PackedLinears(encoder.backbone)
-    # Where padding costs nothing, a micro-batch is as large as it may be.
-    more = {"overhead_tokens": budget} if is_unpadded else {}
 
     def tokenized() -> Iterator[tuple[T, TokenBatch, int]]:
         for key, texts in windows:
@@ -163,7 +161,7 @@ def encode_windows(
                 padding_side=tokenizer.padding_side,
                 max_tokens=min(budget, counts.max_tokens or budget),
                 max_texts=max_texts,
-                **more,
+                packed_for=config if is_unpadded else None,
             )
             yield key, batch, num_truncated
 
@@ -174,7 +172,8 @@ def encode_windows(
         while left:
             micro_batch = left.pop()
             rows, width = micro_batch["input_ids"].shape
-            if rows > 1 and rows * width > (counts.max_tokens or rows * width):
+            size = int(micro_batch["attention_mask"].sum()) if is_unpadded else rows * width
+            if rows > 1 and size > (counts.max_tokens or size):
                 left += [{name: tensor[part] for name, tensor in micro_batch.items()} for part in _halves(rows)]
                 continue
             error = None
@@ -187,11 +186,11 @@ def encode_windows(
                     raise
                 error = str(raised).strip().split("\n")[0]
             if error is not None:  # outside `except`, whose traceback would keep the tensors alive
-                counts.max_tokens = max(rows * width // 2, 1)
+                counts.max_tokens = max(size // 2, 1)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
                 warnings.warn(
-                    f"out of memory with {rows * width:,} tokens in a micro-batch: at most {counts.max_tokens:,} from "
+                    f"out of memory with {size:,} tokens in a micro-batch: at most {counts.max_tokens:,} from "
                     f"here on ({error})",
                     RuntimeWarning,
                     stacklevel=2,

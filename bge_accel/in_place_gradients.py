@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from bge_accel import onednn
+
 # Smaller tables (positions, types) cost nothing.
 MIN_ROWS = 10_000
 _num_steps = 0
@@ -117,7 +119,10 @@ class _Multiply(torch.autograd.Function):
         ctx.save_for_backward(states)
         ctx.parameters, ctx.weight = parameters, computing[0]
         with torch.autocast("cpu", enabled=False):
-            return F.linear(states, *computing)
+            weight, bias = computing[0], computing[1] if len(computing) > 1 else None
+            if onednn.takes(states):
+                return onednn.linear(states, weight, bias)
+            return F.linear(states, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -132,7 +137,14 @@ class _Multiply(torch.autograd.Function):
                 _gradient_of(weight).add_(rows.t() @ own)
             for parameter in bias:
                 _gradient_of(parameter).add_(rows.sum(0, dtype=parameter.dtype))
-            return (grad @ ctx.weight if ctx.needs_input_grad[0] else None), None, None, None
+            return (_back(grad, ctx.weight) if ctx.needs_input_grad[0] else None), None, None, None
+
+
+def _back(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The gradient of what was multiplied."""
+    if onednn.takes(grad):
+        return onednn.linear(grad, weight.t())
+    return grad @ weight
 
 
 def _gradient_of(parameter: torch.Tensor) -> torch.Tensor:

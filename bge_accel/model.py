@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bge_accel import last_layer
 from bge_accel.reading import is_inside, load_json, shorten
-from bge_accel.unpadded import pool_packed, why_not
+from bge_accel.unpadded import PACKED_POOLING_METHODS, pad, pool_packed, why_not
 
 POOLING_METHODS = ("cls", "mean", "last_token")
 MOST_PROGRAMS = 16  # of `compile_layers`
@@ -142,8 +142,10 @@ class Encoder(torch.nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             if self.pools_one_token:
                 pooled = hidden.flatten(0, 1)  # one of the first two dimensions is 1
-            elif attention_mask is None:
+            elif attention_mask is None and self.pooling in PACKED_POOLING_METHODS:
                 pooled = pool_packed(hidden[0], packed["starts"], self.pooling)
+            elif attention_mask is None:
+                pooled = pool(*pad(hidden[0], packed["starts"]), self.pooling)
             else:
                 pooled = pool(hidden, attention_mask, self.pooling)
             if pooled.dtype in (torch.float16, torch.bfloat16):

@@ -4,7 +4,6 @@ oneDNN otherwise rearranges each weight again for every micro-batch. A GELU that
 the product is in the cache.
 """
 
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from bge_accel import onednn
 from bge_accel.in_place_gradients import is_linear
 
 # Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
@@ -50,13 +50,7 @@ class PackedLinears:
         self.backbone = backbone
         self.weights: dict[Any, torch.Tensor] | None = None
         self.with_gelu: list[Any] = []
-        self.is_available = (
-            platform.machine().lower() in ("x86_64", "amd64")
-            and torch.backends.mkldnn.is_available()
-            and not torch.is_autocast_enabled("cpu")
-            and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        )
+        self.is_available = onednn.is_available() and not torch.is_autocast_enabled("cpu")
 
     @contextmanager
     def used_for(self, num_tokens: int) -> Iterator[None]:
@@ -66,7 +60,7 @@ class PackedLinears:
             return
         if self.weights is None:
             layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
-            self.weights = {layer: torch.ops.mkldnn._reorder_linear_weight(layer.weight.detach()) for layer in layers}
+            self.weights = {layer: onednn.rearrange(layer.weight) for layer in layers}
             pairs = [module for module in self.backbone.modules() if is_linear_and_gelu(module)]
             self.with_gelu = [module for module in pairs if module.dense in self.weights]
         before = {module: module.__dict__.get("forward") for module in (*self.weights, *self.with_gelu)}
@@ -84,5 +78,4 @@ class PackedLinears:
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str, states: torch.Tensor) -> torch.Tensor:
-    """The product with its bias, or the activation ("gelu") of it."""
-    return torch.ops.mkldnn._linear_pointwise(states, weight, bias, activation, [], "none")
+    return onednn.linear(states, weight, bias, activation)

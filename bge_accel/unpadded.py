@@ -2,8 +2,9 @@
 
 Everything from the embeddings to the pooling then computes real tokens alone. Only attention has to know where a text
 ends, so transformers' registries get an attention function that does; the model's own code runs unchanged. The kernel
-is torch's (`torch.nn.attention.varlen`) or that of the package flash_attn, both on GPUs and in half precision; "plain"
-attends text by text with torch's ordinary attention, anywhere and in any precision. All are differentiable.
+is torch's (`torch.nn.attention.varlen`) or that of the package flash_attn, both on GPUs and in half precision, or on a CPU
+that of `cpu_attention`; "plain" attends text by text with torch's ordinary attention, anywhere and in any precision. All are
+differentiable.
 """
 
 import importlib.util
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from bge_accel import cpu_attention
+from bge_accel import cpu_attention, onednn
 
 # What computes attention over packed texts: query, key and value (tokens, heads, head_dim), for queries and for keys where
 # each text begins and the last ends, (texts + 1,) int32 on their device, for both the most tokens of a text, and the dropout
@@ -23,6 +24,7 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch
 # Absolute positions, and keyword arguments that reach the attention function.
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 PREFIX = "bge_accel_unpadded_"
+PACKED_POOLING_METHODS = ("cls", "mean", "last_token")  # those of `pool_packed`
 
 
 def attend_torch(
@@ -52,6 +54,20 @@ def attend_flash_attn(query: torch.Tensor, key: torch.Tensor, value: torch.Tenso
     return flash_attn_varlen_func(query, key, value, *places)
 
 
+def attend_cpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    q_starts: torch.Tensor,
+    k_starts: torch.Tensor,
+    q_longest: int,
+    k_longest: int,
+    dropout: float,
+) -> torch.Tensor:
+    """Ours: on a CPU, in any precision."""
+    return cpu_attention.attend_packed(query, key, value, q_starts, k_starts, dropout)
+
+
 def attend_plain(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -62,7 +78,7 @@ def attend_plain(
     k_longest: int,
     dropout: float,
 ) -> torch.Tensor:
-    """Text by text with torch's ordinary attention; the meaning of the other two, not their speed."""
+    """Text by text with torch's ordinary attention; the meaning of the others, not their speed."""
     q_lengths, k_lengths = q_starts.diff().tolist(), k_starts.diff().tolist()
     texts = zip(query.split(q_lengths), key.split(k_lengths), value.split(k_lengths), strict=True)
     attended = [
@@ -72,7 +88,12 @@ def attend_plain(
     return torch.cat([text.transpose(0, 1) for text in attended])
 
 
-KERNELS: dict[str, Kernel] = {"torch": attend_torch, "flash_attn": attend_flash_attn, "plain": attend_plain}
+KERNELS: dict[str, Kernel] = {
+    "torch": attend_torch,
+    "flash_attn": attend_flash_attn,
+    "cpu": attend_cpu,
+    "plain": attend_plain,
+}
 
 
 def choose_kernel(backbone: Any) -> str | None:
@@ -117,6 +138,10 @@ def check_kernel(kernel: str, device: torch.device, precision: str) -> None:
         ValueError: it cannot, and why.
     """
     if kernel == "plain":
+        return
+    if kernel == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"--attention cpu is for a CPU, and this run is on {device.type}; leave it out")
         return
     if device.type != "cuda" or precision == "float32":
         raise ValueError(
@@ -209,25 +234,40 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> 
         config: of the model, whose positions may begin after the padding index.
 
     Returns:
-        `input_ids` and `position_ids` (1, tokens), `starts` (n + 1,) int32: where each text begins and the last ends,
+        `input_ids` and `position_ids` (1, `num_packed`), `starts` (n + 1,) int32: where each text begins and the last ends,
         and `longest`: the tokens of the longest text.
     """
     is_token = attention_mask.bool()
     first = 0 if config.model_type == "bert" else config.pad_token_id + 1
     starts = torch.zeros(len(input_ids) + 1, dtype=torch.int32)
     starts[1:] = is_token.sum(1).cumsum(0)
+    ids, positions = input_ids[is_token], (is_token.long().cumsum(1) - 1 + first)[is_token]
+    more = num_packed(len(ids), config) - len(ids)
     return {
-        "input_ids": input_ids[is_token][None],
-        "position_ids": (is_token.long().cumsum(1) - 1 + first)[is_token][None],
+        "input_ids": F.pad(ids, (0, more), value=config.pad_token_id or 0)[None],
+        "position_ids": F.pad(positions, (0, more), value=first)[None],
         "starts": starts,
         "longest": int(starts.diff().max()),
     }
 
 
+def num_packed(num_tokens: int, config: Any) -> int:
+    """How many tokens of a model with a kernel stand in the row for so many of texts; the rest, at its end, is of none."""
+    return onednn.round_up(num_tokens) if config._attn_implementation == PREFIX + "cpu" else num_tokens
+
+
 def pool_packed(hidden: torch.Tensor, starts: torch.Tensor, method: str) -> torch.Tensor:
     """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `model.pool` does for padded ones."""
     if method == "mean":
+        hidden = hidden[: int(starts[-1])] if hidden.device.type == "cpu" else hidden
         precise = hidden if hidden.dtype == torch.float64 else hidden.float()
         # Not index_add, whose sums on a GPU differ from run to run.
         return torch.segment_reduce(precise, "mean", lengths=starts.diff().long(), unsafe=True)
     return hidden[starts[:-1] if method == "cls" else starts[1:] - 1]
+
+
+def pad(hidden: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hidden states (tokens, dim) of packed texts as (n, length, dim), padded on the right, and their mask (n, length)."""
+    lengths = starts.diff().tolist()
+    states = torch.nn.utils.rnn.pad_sequence(hidden[: sum(lengths)].split(lengths), batch_first=True)
+    return states, (torch.arange(states.shape[1], device=starts.device) < starts.diff()[:, None]).long()

@@ -198,10 +198,11 @@ class Config:
     gradient_checkpointing: bool = option(
         False, "recompute activations layer by layer: less memory, a third more time", group="precision and memory"
     )
-    attention: Literal["padded", "torch", "flash_attn", "plain"] = option(
-        "padded",
-        "padded: each text of a micro-batch is as long as the longest; or without padding, by torch's or flash_attn's kernel "
-        "(on a GPU, in half precision), or plain: text by text, slowly, anywhere",
+    attention: Literal["auto", "padded", "torch", "flash_attn", "cpu", "plain"] = option(
+        "auto",
+        "padded: each text of a micro-batch is as long as the longest; or without padding: cpu (on a CPU), by torch's or "
+        "flash_attn's kernel (on a GPU, in half precision), or plain (text by text, slowly, anywhere); auto: cpu where it can, "
+        "else padded",
         group="precision and memory",
     )
     torch_compile: bool = option(
@@ -493,9 +494,9 @@ def main(cfg: Config) -> None:
     )
     from bge_accel.precision import choose_precision
     from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
-    from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward
+    from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward, keep_freed_memory
     from bge_accel.transfer import to_device, to_host
-    from bge_accel.unpadded import check_dropout, check_kernel, use_kernel
+    from bge_accel.unpadded import check_dropout, check_kernel, use_kernel, why_not
     from bge_accel.validation import EncodingSettings, evaluate_in_training
 
     # ---- accelerator
@@ -541,7 +542,7 @@ def main(cfg: Config) -> None:
 
     computes_in = "pure bf16" if pure_bf16 else accelerator.mixed_precision.replace("no", "float32")
 
-    if cfg.attention != "padded":
+    if cfg.attention not in ("auto", "padded"):
         with user_errors():
             check_kernel(cfg.attention, device, computes_in)
 
@@ -663,15 +664,22 @@ def main(cfg: Config) -> None:
                 parameter.requires_grad_(False)
     if cfg.gradient_checkpointing:
         enable_gradient_checkpointing(encoder.backbone)
+    if device.type == "cpu" and cfg.activation_memory_budget != 0:  # where little is kept, it is memory that counts
+        keep_freed_memory()
     if device.type == "cpu" and not cfg.torch_compile:  # which cannot look into these
         use_cpu_dropout(encoder.backbone)
         use_cpu_attention(encoder.backbone)
         if world == 1 and not is_sharded and not pure_bf16:
             add_gradients_in_place(encoder.backbone)
-    if cfg.attention != "padded":
+    kernel = cfg.attention
+    if kernel == "auto":
+        on_cpu_alone = device.type == "cpu" and not cfg.torch_compile
+        kernel = "cpu" if on_cpu_alone and why_not(encoder.config) is None else "padded"
+    is_packed = kernel != "padded"
+    if is_packed:
         with user_errors():
-            check_dropout(cfg.attention, encoder.config)
-            use_kernel(encoder.backbone, cfg.attention)
+            check_dropout(kernel, encoder.config)
+            use_kernel(encoder.backbone, kernel)
     encoder.train()
 
     for feed in feeds:
@@ -774,9 +782,8 @@ def main(cfg: Config) -> None:
                 padding_side=tokenizer.padding_side,
                 max_tokens=max_tokens,
                 pad_to_multiple_of=cfg.pad_to_multiple_of,
+                packed_for=encoder.config if is_packed else None,
             )
-            if cfg.attention != "padded":
-                tokens.num_padding = 0  # it is cut off again
             streams = [feed.stream for feed in feeds if feed.stream is not None]
             yield Batch(
                 examples,
@@ -1107,7 +1114,7 @@ def main(cfg: Config) -> None:
             tokens,
             loss_fn,
             device=device,
-            packed_for=encoder.config if cfg.attention != "padded" else None,
+            packed_for=encoder.config if is_packed else None,
             activations=activations,
             scale_loss=scale_loss,
             no_sync=nullcontext if is_sharded else lambda: accelerator.no_sync(model),

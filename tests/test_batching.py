@@ -5,7 +5,9 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from test_unpadded import build
 
+from bge_accel import onednn, unpadded
 from bge_accel.batching import (
     default_token_budget,
     make_token_batch,
@@ -72,6 +74,39 @@ def test_a_large_plan_is_cheaper_than_filling_each_batch(seed):
     assert sorted(np.concatenate(plan).tolist()) == list(range(1500))
     assert all(fits(group, 2048, None) for group in groups)
     assert cost_of(groups, 96) < cost_of(greedy, 96)
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_packed_texts_take_as_few_batches_as_they_can(seed):
+    """Whatever their lengths, which cost nothing: the fewest cuts of the sorted texts, none larger than allowed."""
+    lengths, limits = random_case(seed, most=40)
+    max_tokens, max_texts = limits["max_tokens"], limits["max_texts"]
+    plan = plan_micro_batches(lengths, **limits | {"overhead_tokens": 5}, packed=True)
+    groups = [[lengths[i] for i in group] for group in plan]
+    assert sum(groups, []) == sorted(lengths, reverse=True)  # noqa: RUF017
+    assert all(len(group) == 1 or sum(group) <= max_tokens for group in groups)
+    assert all(len(group) <= (max_texts or len(group)) for group in groups)
+    fewest, filled = 1, []
+    for length in sorted(lengths, reverse=True):  # filling one after another is best
+        if filled and (sum(filled) + length > max_tokens or len(filled) == max_texts):
+            fewest, filled = fewest + 1, []
+        filled.append(length)
+    assert len(groups) == fewest
+
+
+@pytest.mark.parametrize("kernel, most, padding", [("plain", 150, 0), ("cpu", 10, 0), ("cpu", 150, 128 - 110)])
+def test_a_packed_batch_has_hardly_any_padding(kernel, most, padding, monkeypatch):
+    """None, or on a CPU what rounds the number of tokens up, and of small numbers none either."""
+    monkeypatch.setattr(onednn, "is_available", lambda: True)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 11)
+    model = build("bert")
+    unpadded.use_kernel(model, kernel)
+    texts = [[1] * n for n in (3, 50, 7, 50)] if most > 10 else [[1] * 5] * 4
+    batch = make_token_batch(texts, pad_token_id=0, max_tokens=most, packed_for=model.config, pad_to_multiple_of=8)
+    assert len(batch.micro_batches) == (1 if most > 10 else 2)
+    packed = [unpadded.pack(**micro_batch, config=model.config) for micro_batch in batch.micro_batches]
+    assert sum(each["input_ids"].numel() for each in packed) == batch.num_tokens + batch.num_padding
+    assert batch.num_padding == padding
 
 
 def test_a_text_longer_than_the_budget_stands_alone():

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from test_unpadded import build, padded
 
 from bge_accel import cpu_attention
-from bge_accel.cpu_attention import attend, use_cpu_attention
+from bge_accel.cpu_attention import attend, attend_packed, split_into_blocks, use_cpu_attention
 from bge_accel.cpu_dropout import KeepMask
 from bge_accel.model import Encoder
 
@@ -49,6 +49,67 @@ def test_with_dropout_it_is_the_formula(chunk, num_queries, is_padded, scaling, 
         found, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
     ):
         torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("chunk", ["one head", "all"])
+@pytest.mark.parametrize("one_query", [True, False])
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("lengths", [[9, 9, 4, 1, 7, 7], [3], [1, 1, 1], [2, 5, 2]])
+def test_texts_in_one_row_are_attended_each_by_itself(lengths, dropout, one_query, chunk, monkeypatch):
+    """Outputs and gradients, against the formula for one text after another with its part of the bytes drawn."""
+    generator = torch.Generator().manual_seed(1)
+    starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q_starts = torch.arange(len(starts)) if one_query else starts
+    rows = torch.randn(3, 5, sum(lengths), 4, dtype=torch.float64, generator=generator)  # three heads of five
+    query, key, value = (states.transpose(0, 1)[:, 1:4].requires_grad_() for states in rows)
+    query = query[: q_starts[-1]]
+    heads = {"one head": 1, "all": 100}[chunk]
+    monkeypatch.setattr(cpu_attention, "CHUNK_BYTES", heads * 64)
+    torch.manual_seed(11)
+    ours = attend_packed(query, key, value, q_starts, starts, dropout)
+    sizes = [3 * (1 if one_query else length) * length for length in lengths]
+    torch.manual_seed(11)
+    kept = KeepMask(torch.Size((sum(sizes),)), dropout).kept if dropout else torch.ones(sum(sizes))
+    parts = []
+    texts = (query.split(q_starts.diff().tolist()), key.split(lengths), value.split(lengths), kept.split(sizes))
+    for q, k, v, own in zip(*texts, strict=True):
+        scores = torch.einsum("qhd,khd->hqk", q, k) / 2
+        parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * own.view(scores.shape) / (1 - dropout), v))
+    expected = torch.cat(parts)
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    found = torch.autograd.grad((ours * weights).sum(), (query, key, value))
+    for gradient, other in zip(
+        found, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
+    ):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+
+
+def test_neighbours_of_equal_length_are_attended_together():
+    blocks, scores = split_into_blocks([0, 5, 10, 12, 17], [0, 5, 10, 12, 17], 3)
+    assert [(block.queries, block.num_texts) for block in blocks] == [
+        (slice(0, 10), 2),
+        (slice(10, 12), 1),
+        (slice(12, 17), 1),
+    ]
+    assert scores == blocks[-1].scores.stop == 3 * (25 + 25 + 4 + 25)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("longest", [20, 300])  # attended in float32, and as torch does
+def test_texts_in_one_row_in_half_precision(longest, dropout):
+    starts = torch.tensor([0, longest, longest + 7, 2 * longest + 7], dtype=torch.int32)
+    exact = [torch.randn(2 * longest + 7, 2, 8, dtype=torch.float64) for _ in range(3)]
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        tensors = [tensor.to(dtype).requires_grad_() for tensor in exact]
+        torch.manual_seed(3)
+        attended = attend_packed(*tensors, starts, starts, dropout)
+        attended.backward(torch.ones_like(attended))
+        assert attended.dtype == dtype == tensors[0].grad.dtype
+        found.append([attended.detach(), *(tensor.grad for tensor in tensors)])
+    for ours, expected in zip(*found, strict=True):
+        assert (ours.double() - expected).norm() < 0.02 * expected.norm()
 
 
 def test_with_dropout_it_is_computed_in_float32():

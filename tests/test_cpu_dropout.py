@@ -63,13 +63,15 @@ def test_states_and_gradients_are_dropped_alike(dtype):
     assert not torch.equal(drop(states, 0.3), dropped)
 
 
-def dropping(family="bert", pooling="mean", **config):
+def dropping(family="bert", pooling="mean", packed=False, **config):
     """An encoder in training with this dropout, in float64."""
     encoder = Encoder(
         build(family, hidden_dropout_prob=0.2, attention_probs_dropout_prob=0.2, **config), pooling, normalize=True
     ).train()
     use_cpu_dropout(encoder.backbone)
     use_cpu_attention(encoder.backbone)
+    if packed:
+        unpadded.use_kernel(encoder.backbone, "cpu")
     return encoder
 
 
@@ -89,41 +91,46 @@ def test_a_model_drops_in_training_alone(family, pooling):
     torch.testing.assert_close(encoder.eval()(**batch), torch_own.eval()(**batch), atol=0, rtol=0)
 
 
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
-def test_every_dropout_of_torch_is_replaced(pooling, monkeypatch):
-    encoder = dropping(pooling=pooling)
+def test_every_dropout_of_torch_is_replaced(pooling, packed, monkeypatch):
+    encoder = dropping(pooling=pooling, packed=packed)
 
     def refuse(*args, **kwargs):
         raise AssertionError("torch's dropout")
 
     calls = []
-    for module, name in ((cpu_dropout, "drop"), (cpu_attention, "attend")):
+    attend = "attend_packed" if packed else "attend"
+    for module, name in ((cpu_dropout, "drop"), (cpu_attention, attend)):
         own = getattr(module, name)
         monkeypatch.setattr(module, name, lambda *args, own=own, name=name: (calls.append(name), own(*args))[1])
     monkeypatch.setattr(torch.nn.functional, "dropout", refuse)
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", refuse)
-    encoder(**padded([5, 1, 12], encoder.config)).sum().backward()
+    batch = padded([5, 1, 12], encoder.config)
+    encoder(**(unpadded.pack(**batch, config=encoder.config) if packed else batch)).sum().backward()
     layers = encoder.config.num_hidden_layers
-    assert calls.count("attend") == layers and calls.count("drop") == 1 + 2 * layers
+    assert calls.count(attend) == layers and calls.count("drop") == 1 + 2 * layers
 
 
 @pytest.mark.parametrize("pooling", ["mean", "cls"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_is_the_same_when_activations_are_computed_again(pooling, checkpointing):
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_gradient_is_the_same_when_activations_are_computed_again(pooling, checkpointing, packed):
     gradients = []
     texts = [[5] * length for length in (3, 9, 12, 2, 7, 7)]
     for budget in (float("inf"), 0.0):
-        encoder = dropping(pooling=pooling)
+        encoder = dropping(pooling=pooling, packed=packed)
         if checkpointing:
             enable_gradient_checkpointing(encoder.backbone)
         torch.manual_seed(9)
-        batch = make_token_batch(texts, pad_token_id=0, max_tokens=20)
+        batch = make_token_batch(texts, pad_token_id=0, max_tokens=20, packed_for=encoder.config if packed else None)
         assert len(batch.micro_batches) > 2
         embed_and_backward(
             encoder,
             batch,
             lambda emb: ((emb * torch.arange(32)).sum(), None),
             device=torch.device("cpu"),
+            packed_for=encoder.config if packed else None,
             activations=ActivationBudget(budget),
         )
         gradients.append({name: p.grad for name, p in encoder.named_parameters() if p.grad is not None})

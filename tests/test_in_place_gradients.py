@@ -9,15 +9,25 @@ from test_finetune_script import assert_same_weights, write_rows
 from test_unpadded import build, padded
 from warm_start import Job
 
-from bge_accel import in_place_gradients
+from bge_accel import in_place_gradients, onednn
 from bge_accel.in_place_gradients import add_gradients_in_place
 from bge_accel.model import Encoder
 
 
 @pytest.mark.parametrize("family", ["bert", "xlm-roberta"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_gradients_are_those_of_autograd(family, dtype, monkeypatch):
+@pytest.mark.parametrize(
+    "dtype, has_onednn", [(torch.float64, True), (torch.float32, onednn.is_available()), (torch.float32, False)]
+)
+def test_gradients_are_those_of_autograd(family, dtype, has_onednn, monkeypatch):
     """Over two backward passes, padding included, and with an earlier gradient kept."""
+    monkeypatch.setattr(onednn, "is_available", lambda: has_onednn)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 4)
+    monkeypatch.setattr(onednn, "ROWS_MULTIPLE", 3)
+    products = []
+    own_linear = onednn.linear
+    monkeypatch.setattr(
+        onednn, "linear", lambda states, *rest: products.append(states.shape) or own_linear(states, *rest)
+    )
     monkeypatch.setattr(in_place_gradients, "MIN_ROWS", 50)
     theirs = Encoder(build(family, dtype), "mean", normalize=True).train()
     ours = copy.deepcopy(theirs)
@@ -26,9 +36,12 @@ def test_gradients_are_those_of_autograd(family, dtype, monkeypatch):
     linears = {name for name, module in ours.named_modules() if type(module) is torch.nn.Linear}
     assert len(linears) > 10 and replaced == linears | {"backbone.embeddings.word_embeddings"}
     for encoder in (theirs, ours):
-        for lengths in ([5, 1, 12], [7, 7]):
+        for lengths in ([5, 1, 12], [7, 7]):  # 36 rows and 14
             embedded = encoder(**padded(lengths, encoder.config))
             (embedded * torch.arange(32)).sum().backward()
+    used = has_onednn and dtype == torch.float32
+    assert {shape[:-1].numel() for shape in products} == ({36} if used else set())
+    assert len(products) == (2 * 12 if used else 0)  # forward and backward, six in each of two layers
     word_embeddings = ours.backbone.embeddings.word_embeddings
     assert word_embeddings.weight.grad[word_embeddings.padding_idx].abs().max() == 0
     expected = dict(theirs.named_parameters())

@@ -12,7 +12,7 @@ import torch
 from conftest import Run, build_tiny_model
 from test_finetune_script import assert_same_weights, log, write_rows
 
-from bge_accel import EmbeddingModel, unpadded
+from bge_accel import EmbeddingModel, onednn, unpadded
 from bge_accel.model import Encoder, load_encoder
 
 LENGTHS = ([5, 1, 12, 12, 3], [7], [1], [4, 4], [20, 2])
@@ -44,11 +44,12 @@ def padded(lengths, config, side="right"):
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("lengths", LENGTHS)
-def test_embeddings_are_those_of_padded_texts(family, pooling, dtype, lengths):
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+def test_embeddings_are_those_of_padded_texts(family, pooling, dtype, lengths, kernel):
     encoder = Encoder(build(family, dtype), pooling, normalize=False)
     batch = padded(lengths, encoder.config)
     expected = encoder(**batch)
-    unpadded.use_kernel(encoder.backbone, "plain")
+    unpadded.use_kernel(encoder.backbone, kernel)
     packed = unpadded.pack(**batch, config=encoder.config)
     assert packed["input_ids"].shape == packed["position_ids"].shape == (1, sum(lengths))
     assert packed["longest"] == max(lengths)
@@ -57,19 +58,38 @@ def test_embeddings_are_those_of_padded_texts(family, pooling, dtype, lengths):
     torch.testing.assert_close(encoder(**batch), expected, atol=0, rtol=0)  # padded ones go as before
 
 
+@pytest.fixture(params=[False, True])
+def rounded(request, monkeypatch):
+    """Whether numbers of tokens are rounded up on a CPU, as those of ordinary micro-batches are."""
+    monkeypatch.setattr(onednn, "is_available", lambda: request.param)
+    monkeypatch.setattr(onednn, "MIN_ROWS", 2)
+    return request.param
+
+
+def test_a_row_is_filled_up_for_the_products_of_a_cpu(rounded):
+    config = build("xlm-roberta").config
+    batch = padded([5, 1], config)
+    config._attn_implementation = unpadded.PREFIX + "cpu"
+    packed = unpadded.pack(**batch, config=config)
+    assert packed["input_ids"].shape == packed["position_ids"].shape == (1, 64 if rounded else 6)
+    assert packed["input_ids"][0, 6:].unique().tolist() == [config.pad_token_id] * rounded
+    assert packed["starts"].tolist() == [0, 5, 6] and packed["position_ids"].max() == 6
+
+
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_gradients_are_those_of_padded_texts(pooling, checkpointing):
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+def test_gradients_are_those_of_padded_texts(pooling, checkpointing, kernel, rounded):
     from bge_accel.model import enable_gradient_checkpointing
 
     gradients = []
-    for way in ("padded", "plain"):
+    for way in ("padded", kernel):
         encoder = Encoder(build("bert"), pooling, normalize=True).train()
         if checkpointing:
             enable_gradient_checkpointing(encoder.backbone)
-        batch = padded([5, 1, 12, 3], encoder.config)
-        if way == "plain":
-            unpadded.use_kernel(encoder.backbone, "plain")
+        batch = padded([12, 5, 5, 5, 1, 12, 3], encoder.config)
+        if way == kernel:
+            unpadded.use_kernel(encoder.backbone, kernel)
             batch = unpadded.pack(**batch, config=encoder.config)
         (encoder(**batch) * torch.arange(32)).sum().backward()
         gradients.append({n: p.grad for n, p in encoder.named_parameters() if p.grad is not None})
@@ -89,10 +109,11 @@ def test_texts_padded_on_the_left_pack_alike():
         assert torch.equal(ours[name], theirs[name])
 
 
-def test_texts_do_not_see_each_other():
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+def test_texts_do_not_see_each_other(kernel):
     encoder = Encoder(build("bert"), "mean", normalize=False)
-    unpadded.use_kernel(encoder.backbone, "plain")
-    batch = padded([5, 6, 7], encoder.config)
+    unpadded.use_kernel(encoder.backbone, kernel)
+    batch = padded([5, 5, 7], encoder.config)
     before = encoder(**unpadded.pack(**batch, config=encoder.config))
     batch["input_ids"][1, 2] += 1
     after = encoder(**unpadded.pack(**batch, config=encoder.config))
@@ -103,16 +124,18 @@ TEXTS = [f"the king and {'the story ' * (number % 11)}{number}" for number in ra
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
-def test_an_embedding_model_without_padding(tiny_model, pooling, monkeypatch):
-    plain = EmbeddingModel(tiny_model, device="cpu", pooling=pooling, attention="plain")
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+def test_an_embedding_model_without_padding(tiny_model, pooling, kernel, monkeypatch):
+    model = EmbeddingModel(tiny_model, device="cpu", pooling=pooling, attention=kernel)
     widths = []
-    forward = plain.encoder.forward
-    monkeypatch.setattr(plain.encoder, "forward", lambda **kw: widths.append(kw["input_ids"].shape) or forward(**kw))
-    ours = plain.encode(TEXTS)
+    forward = model.encoder.forward
+    monkeypatch.setattr(model.encoder, "forward", lambda **kw: widths.append(kw["input_ids"].shape) or forward(**kw))
+    ours = model.encode(TEXTS)
     np.testing.assert_allclose(ours, EmbeddingModel(tiny_model, device="cpu", pooling=pooling).encode(TEXTS), atol=1e-5)
-    assert {rows for rows, _ in widths} == {1} and sum(width for _, width in widths) == plain.counts.num_tokens
-    np.testing.assert_allclose(plain.encode("a"), plain.encode(["a", "the king"])[0], atol=1e-5)
-    assert plain.encode([]).shape == (0, 32)
+    filled = sum(width for _, width in widths) - model.counts.num_tokens
+    assert {rows for rows, _ in widths} == {1} and 0 <= filled < (len(widths) * 64 if kernel == "cpu" else 1)
+    np.testing.assert_allclose(model.encode("a"), model.encode(["a", "the king"])[0], atol=1e-5)
+    assert model.encode([]).shape == (0, 32)
 
 
 def test_a_saved_model_does_not_know_of_it(tiny_model, tmp_path):
@@ -128,7 +151,7 @@ def test_a_cpu_pads(tiny_model):
 
 
 def test_what_cannot_run_without_padding_says_so(tiny_model):
-    with pytest.raises(ValueError, match="attention 'flash' is not one of torch, flash_attn, plain"):
+    with pytest.raises(ValueError, match="attention 'flash' is not one of torch, flash_attn, cpu, plain"):
         EmbeddingModel(tiny_model, device="cpu", attention="flash")
     decoder = build("bert", is_decoder=True)
     assert unpadded.choose_kernel(decoder) is None
@@ -155,19 +178,22 @@ def test_training_moves_the_weights_as_with_padding(processes, budget, run_scrip
     flags = ["--model_name_or_path", model, "--train_data", rows, "--max_steps", 2, "--train_group_size", 2]
     flags += ["--per_device_train_batch_size", 4, "--max_tokens_per_micro_batch", 150, "--negatives_cross_device"]
     flags += ["--adam_epsilon", 1e-3, "--logging_steps", 1, *budget]
-    for attention in ("padded", "plain"):
+    for attention in ("padded", "auto", "plain"):
         chosen = ["--attention", attention, "--output_dir", attention]
         run_script("finetune.py", *flags, *chosen, processes=processes)
-    assert_same_weights(tmp_path / "padded", tmp_path / "plain", 1e-6)
-    padded_log, plain_log = log(tmp_path / "padded"), log(tmp_path / "plain")
-    assert padded_log[0]["padding"] > 0 and plain_log[0]["padding"] == 0
-    assert plain_log[0]["loss"] == pytest.approx(padded_log[0]["loss"], abs=1e-5)
+    padded_log = log(tmp_path / "padded")
+    for attention in ("auto", "plain"):
+        assert_same_weights(tmp_path / "padded", tmp_path / attention, 1e-6)
+        own_log = log(tmp_path / attention)
+        assert padded_log[0]["padding"] > 0 and own_log[0]["padding"] == 0
+        assert own_log[0]["loss"] == pytest.approx(padded_log[0]["loss"], abs=1e-5)
 
 
-def test_training_without_padding_drops_as_well(run_script: Run, tiny_model: str, tmp_path):
+@pytest.mark.parametrize("kernel", ["cpu", "plain"])
+def test_training_without_padding_drops_as_well(kernel, run_script: Run, tiny_model: str, tmp_path):
     """With the model's dropout: the same again from the same seed, another way from another."""
     rows = write_rows(tmp_path / "rows.jsonl", 16)
-    flags = ["--model_name_or_path", tiny_model, "--train_data", rows, "--max_steps", 2, "--attention", "plain"]
+    flags = ["--model_name_or_path", tiny_model, "--train_data", rows, "--max_steps", 2, "--attention", kernel]
     losses = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         run_script("finetune.py", *flags, "--output_dir", name, "--logging_steps", 1, "--seed", seed)
@@ -182,6 +208,7 @@ def test_training_without_padding_drops_as_well(run_script: Run, tiny_model: str
         ("flash_attn", "cuda", "float32", 0.0, "this run computes in float32 on cuda"),
         ("torch", "cuda", "bf16", 0.1, "drops 0.1 of its attention"),
         ("flash_attn", "cuda", "bf16", 0.1, "needs the module flash_attn"),
+        ("cpu", "cuda", "bf16", 0.1, "--attention cpu is for a CPU, and this run is on cuda; leave it out"),
     ],
 )
 def test_what_a_kernel_cannot_do_is_said_before_training(kernel, device, precision, dropout, message):
@@ -189,7 +216,15 @@ def test_what_a_kernel_cannot_do_is_said_before_training(kernel, device, precisi
     with pytest.raises(ValueError, match=message):
         unpadded.check_kernel(kernel, torch.device(device), precision)
         unpadded.check_dropout(kernel, backbone.config)
-    unpadded.check_kernel("plain", torch.device("cpu"), "float32")
+    for kernel in ("cpu", "plain"):
+        unpadded.check_kernel(kernel, torch.device("cpu"), "float32")
+
+
+def test_states_are_padded_again():
+    hidden, starts = torch.arange(14.0).view(7, 2), torch.tensor([0, 2, 3, 7], dtype=torch.int32)
+    states, mask = unpadded.pad(hidden, starts)
+    assert mask.tolist() == [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]] and states.shape == (3, 4, 2)
+    assert torch.equal(states[mask.bool()], hidden) and not states[~mask.bool()].any()
 
 
 ON_A_GPU = """
