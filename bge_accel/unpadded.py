@@ -247,7 +247,7 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> 
         "input_ids": F.pad(ids, (0, more), value=config.pad_token_id or 0)[None],
         "position_ids": F.pad(positions, (0, more), value=first)[None],
         "starts": starts,
-        "longest": int(starts.diff().max()),
+        "longest": int(starts.diff().max().numpy()),
     }
 
 
@@ -259,7 +259,8 @@ def num_packed(num_tokens: int, config: Any) -> int:
 def pool_packed(hidden: torch.Tensor, starts: torch.Tensor, method: str) -> torch.Tensor:
     """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `model.pool` does for padded ones."""
     if method == "mean":
-        hidden = hidden[: int(starts[-1])] if hidden.device.type == "cpu" else hidden
+        if hidden.device.type == "cpu":  # whose rows are filled up
+            hidden = hidden[: int(starts[-1].numpy())]
         precise = hidden if hidden.dtype == torch.float64 else hidden.float()
         # Not index_add, whose sums on a GPU differ from run to run.
         return torch.segment_reduce(precise, "mean", lengths=starts.diff().long(), unsafe=True)
