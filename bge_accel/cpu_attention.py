@@ -215,8 +215,9 @@ class _Attend(torch.autograd.Function):
                 own = _drop_backward(g, q, k, v, bias, kept[block.scores], 1 / (1 - dropout), scaling)
             for whole, rows, part in zip(gradients, (block.queries, block.keys, block.keys), own, strict=True):
                 block.of(whole, rows).copy_(part)
-        for whole, end in zip(gradients, (blocks[-1].queries.stop, *[blocks[-1].keys.stop] * 2), strict=True):
-            whole[end:] = 0
+        last = blocks[-1]
+        for whole, rows in zip(gradients, (last.queries, last.keys, last.keys), strict=True):
+            whole[rows.stop :] = 0
         return *(gradient.to(query.dtype) for gradient in gradients), None, None, None, None, None
 
 

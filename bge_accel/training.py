@@ -67,7 +67,7 @@ def available_memory() -> int:
 def keep_freed_memory() -> None:
     """Has the C library keep memory that is freed, for this process to use again; where it is not glibc's, nothing is done.
 
-    What a step frees it gives back to the system by itself, which clears it page by page in the next: a tenth of a step.
+    What a step frees it gives back to the system by itself, which clears it page by page when the next one asks.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
     if mallopt is not None:

@@ -21,6 +21,15 @@ def plain(query, key, value, attention_mask, dropout, scaling):
     return (scores.softmax(-1) * keep / (1 - dropout)) @ value
 
 
+def assert_same_with_gradients(ours, expected, tensors, generator):
+    """What was computed of these tensors, and its gradients, in float64."""
+    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
+    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
+    found, others = (torch.autograd.grad((output * weights).sum(), tensors) for output in (ours, expected))
+    for gradient, other in zip(found, others, strict=True):
+        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+
+
 @pytest.mark.parametrize("chunk", ["one head", "some", "all"])
 @pytest.mark.parametrize("num_queries", [1, 9])
 @pytest.mark.parametrize("is_padded", [True, False])
@@ -42,13 +51,7 @@ def test_with_dropout_it_is_the_formula(chunk, num_queries, is_padded, scaling, 
     ours = attend(query, key, value, is_token, 0.2, scaling)
     torch.manual_seed(11)
     expected = plain(query, key, value, is_token, 0.2, 0.5 if scaling is None else scaling)
-    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
-    found = torch.autograd.grad((ours * weights).sum(), (query, key, value))
-    for gradient, other in zip(
-        found, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
-    ):
-        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+    assert_same_with_gradients(ours, expected, (query, key, value), generator)
 
 
 @pytest.mark.parametrize("chunk", ["one head", "all"])
@@ -76,13 +79,7 @@ def test_texts_in_one_row_are_attended_each_by_itself(lengths, dropout, one_quer
         scores = torch.einsum("qhd,khd->hqk", q, k) / 2
         parts.append(torch.einsum("hqk,khd->qhd", scores.softmax(-1) * own.view(scores.shape) / (1 - dropout), v))
     expected = torch.cat(parts)
-    torch.testing.assert_close(ours, expected, atol=1e-12, rtol=0)
-    weights = torch.randn(ours.shape, dtype=torch.float64, generator=generator)
-    found = torch.autograd.grad((ours * weights).sum(), (query, key, value))
-    for gradient, other in zip(
-        found, torch.autograd.grad((expected * weights).sum(), (query, key, value)), strict=True
-    ):
-        torch.testing.assert_close(gradient, other, atol=1e-12, rtol=0)
+    assert_same_with_gradients(ours, expected, (query, key, value), generator)
 
 
 def test_neighbours_of_equal_length_are_attended_together():
