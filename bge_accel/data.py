@@ -109,6 +109,8 @@ class Example(NamedTuple):
     row: int
     query: str
     passages: list[str]
+    query_id: int
+    """`text_id` of the query as it stands in the data."""
     passage_ids: list[int]
     """`text_id` of each passage as it stands in the data."""
     known_ids: list[int]
@@ -161,6 +163,7 @@ def draw_example(
         row=row,
         query=query_prefix(data.get("prompt")) + data["query"],
         passages=[passage_prefix + text for text in passages],
+        query_id=text_id(data["query"]),
         passage_ids=passage_ids,
         known_ids=sorted(text_id(text) for text in known),
         teacher_scores=scores,

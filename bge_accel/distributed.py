@@ -56,6 +56,17 @@ def gather(local: torch.Tensor) -> torch.Tensor:
     return _all_gather(local.detach()) if is_distributed() else local.detach()
 
 
+def gather_uneven(local: torch.Tensor) -> torch.Tensor:
+    """The same where the processes have different numbers of rows (n, ...)."""
+    if not is_distributed():
+        return local
+    counts = _all_gather(torch.tensor([len(local)], device=local.device)).tolist()
+    padded = local.new_zeros((max(counts), *local.shape[1:]))
+    padded[: len(local)] = local
+    parts = _all_gather(padded).split(max(counts))
+    return torch.cat([part[:count] for part, count in zip(parts, counts, strict=True)])
+
+
 def check_equal_shapes(local: torch.Tensor) -> None:
     """Raises ValueError on every process when the processes' shapes differ (the collective would hang or crash)."""
     shape = torch.tensor([local.shape[0], local[:1].numel()], device=local.device)

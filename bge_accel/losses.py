@@ -202,6 +202,20 @@ class _Tiles:
             yield rows, columns, pairs
 
 
+def known_to_any(query_ids: Sequence[int], pairs: np.ndarray) -> list[list[int]]:
+    """For each query the ids of all passages that any row of the batch knows to answer it.
+
+    Args:
+        query_ids: of the local queries (`data.text_id`).
+        pairs: (n, 2) ids of a query and of one of its known positives, of all rows of the global batch.
+    """
+    known: dict[int, set[int]] = {query: set() for query in query_ids}
+    for query, passage in pairs.tolist():
+        if query in known:
+            known[query].add(passage)
+    return [sorted(known[query]) for query in query_ids]
+
+
 def known_positive_pairs(
     known_ids: Sequence[Sequence[int]], passage_ids: np.ndarray, *, group_size: int, first_query: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -67,7 +67,7 @@ class TrainingRows:
         faults = Faults()
         self.files: list[RowFile] = []
         self._chosen: list[np.ndarray | None] = []
-        ends, ids = [0], []
+        ends = [0]
         for number, path in enumerate(find_files(paths, faults)):
             file = open_rows(path, cache_folder or default_cache_folder(), faults)
             if file is None:
@@ -83,18 +83,10 @@ class TrainingRows:
             self.files.append(file)
             self._chosen.append(chosen)
             ends.append(ends[-1] + (len(file) if chosen is None else len(chosen)))
-            ids.append(file.query_ids() if chosen is None else file.query_ids()[chosen])
         if not paths:
             faults.add("training data", "no file is named")
         faults.raise_if_any()
         self._ends = ends
-        # Only queries that occur more than once need to know of other rows' positives.
-        all_ids = np.concatenate(ids)
-        order = np.argsort(all_ids, kind="stable")
-        same = all_ids[order[1:]] == all_ids[order[:-1]]
-        repeated = order[np.concatenate([[False], same]) | np.concatenate([same, [False]])]
-        self._repeated, self._repeated_ids = repeated, all_ids[repeated]
-        self._positives_of_repeated = lru_cache(maxsize=4096)(self._positives_of)
         self._last: tuple[int, dict[str, Any]] = (-1, {})  # rows are asked for several times in a row
 
     def __len__(self) -> int:
@@ -155,18 +147,54 @@ class TrainingRows:
             draw_other_passage(self, hardest, self.known_positives(hardest), lambda: 0.0)
         return len(without)
 
+    def query_ids(self) -> np.ndarray:
+        """(rows,) `text_id` of each query, int64; no text is read."""
+        ids = (file.query_ids() if chosen is None else file.query_ids()[chosen] for file, chosen in self._parts())
+        return np.concatenate(list(ids))
+
+    @cached_property
+    def repeated_queries(self) -> "RepeatedQueries":
+        """What is known of queries that occur more than once; of these rows alone until `join_known_positives`."""
+        return RepeatedQueries([self])
+
     def known_positives(self, index: int) -> set[str]:
         """The texts known to answer a row's query: its own positives and those of every row with the same query."""
         row = self[index]
-        return {*row["pos"], *self._positives_of_repeated(row["query"])}
+        return {*row["pos"], *self.repeated_queries.positives_of(row["query"])}
+
+
+class RepeatedQueries:
+    """The rows of all sources whose query other rows have too, found by its `text_id`.
+
+    Only these need to know of other rows' positives; 16 bytes are held for each.
+    """
+
+    def __init__(self, sources: Sequence[TrainingRows]) -> None:
+        self._sources = sources
+        self._starts = np.cumsum([0, *(len(rows) for rows in sources)])
+        ids = np.concatenate([rows.query_ids() for rows in sources])
+        order = np.argsort(ids, kind="stable")
+        same = ids[order[1:]] == ids[order[:-1]]
+        self._rows = order[np.concatenate([[False], same]) | np.concatenate([same, [False]])]
+        self._ids = ids[self._rows]
+        self.positives_of = lru_cache(maxsize=4096)(self._positives_of)
 
     def _positives_of(self, query: str) -> frozenset[str]:
-        """Positives of all rows with a query that occurs more than once."""
-        query_id = text_id(query)
-        first = np.searchsorted(self._repeated_ids, query_id, "left")
-        end = np.searchsorted(self._repeated_ids, query_id, "right")
-        same = (self[other] for other in self._repeated[first:end].tolist())
+        """Positives of all rows with this query; none where it occurs once."""
+        first, end = (np.searchsorted(self._ids, text_id(query), side) for side in ("left", "right"))
+        same = map(self._row, self._rows[first:end].tolist())
         return frozenset(text for row in same if row["query"] == query for text in row["pos"])
+
+    def _row(self, index: int) -> dict[str, Any]:
+        source = int(np.searchsorted(self._starts, index, "right")) - 1
+        return self._sources[source][index - int(self._starts[source])]
+
+
+def join_known_positives(sources: Sequence[TrainingRows]) -> None:
+    """Lets every source know the positives that any of them has for its queries."""
+    joined = RepeatedQueries(sources)
+    for rows in sources:
+        rows.repeated_queries = joined
 
 
 class RowFile:

@@ -40,7 +40,7 @@ from bge_accel.jobs import leave_processes, progress
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
-from bge_accel.rows import TrainingRows
+from bge_accel.rows import TrainingRows, join_known_positives
 from bge_accel.sharding import read_deepspeed_config
 from bge_accel.sources import YAML, Source, SourceSchedule, find_sources, merge_small, source_shares
 from bge_accel.validation import Best, read_eval_sets
@@ -403,6 +403,7 @@ def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
             if not sources:
                 raise ValueError(f"all {dropped:,} rows lie in small files and are dropped; lower --drop_threshold")
             checked = [read(source.path) for source in sources]
+        join_known_positives(checked)
         rows = list(checked)
     feeds = [
         Feed(
@@ -479,12 +480,12 @@ def main(cfg: Config) -> None:
     )
     from bge_accel.cpu_attention import use_cpu_attention
     from bge_accel.cpu_dropout import use_cpu_dropout
-    from bge_accel.distributed import gather, gather_with_grad, largest
+    from bge_accel.distributed import gather, gather_uneven, gather_with_grad, largest
     from bge_accel.encoding import prefetch
     from bge_accel.flops import flops_per_token
     from bge_accel.half_precision import Bf16Copy
     from bge_accel.in_place_gradients import add_gradients_in_place
-    from bge_accel.losses import contrastive_loss, known_positive_pairs
+    from bge_accel.losses import contrastive_loss, known_positive_pairs, known_to_any
     from bge_accel.model import (
         compile_layers,
         enable_gradient_checkpointing,
@@ -1072,15 +1073,21 @@ def main(cfg: Config) -> None:
         ) -> tuple[Any, Any]:
             q_emb, p_emb = emb[:num_queries], emb[num_queries:]
             passage_ids = np.array([i for example in batch.examples for i in example.passage_ids], dtype=np.int64)
-            first_query = 0
-            if cfg.negatives_cross_device and feed.in_batch_negatives:
+            first_query, across = 0, cfg.negatives_cross_device and feed.in_batch_negatives
+            if across:
                 p_emb, first_query = gather_with_grad(p_emb), rank * num_queries
                 if world > 1 and cfg.mask_false_negatives:
                     passage_ids = gather(torch.from_numpy(passage_ids).to(device)).cpu().numpy()
             masked = None
             if cfg.mask_false_negatives:
+                known_ids = [example.known_ids for example in batch.examples]
+                if cfg.streaming:  # each of its rows knows of its own block alone
+                    query_ids = [example.query_id for example in batch.examples]
+                    known = torch.tensor([(q, i) for q, ids in zip(query_ids, known_ids, strict=True) for i in ids])
+                    known = gather_uneven(known.to(device)).cpu() if across else known
+                    known_ids = known_to_any(query_ids, known.numpy())
                 pairs = known_positive_pairs(
-                    [example.known_ids for example in batch.examples],
+                    known_ids,
                     passage_ids,
                     group_size=feed.group_size,
                     first_query=first_query,

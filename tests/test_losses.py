@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from bge_accel.losses import contrastive_loss, known_positive_pairs
+from bge_accel.losses import contrastive_loss, known_positive_pairs, known_to_any
 
 NUM_QUERIES, NUM_GROUPS = 3, 5  # five groups in the batch: three of the queries are this process's
 
@@ -265,6 +265,11 @@ def test_the_target_is_never_masked_even_if_it_stands_everywhere():
         torch.ones(2, 3), torch.ones(8, 3), temperature=1, group_size=2, first_query=1, masked=masked
     )
     assert output.loss.item() == 0
+
+
+def test_rows_of_one_query_know_what_any_of_them_knows():
+    pairs = np.array([(5, 1), (6, 2), (5, 3), (5, 1), (7, 4)])
+    assert known_to_any([6, 5, 5], pairs) == [[2], [1, 3], [1, 3]]
 
 
 def test_nothing_known_masks_nothing():

@@ -19,7 +19,7 @@ from pyarrow import parquet
 from bge_accel import rows as rows_module
 from bge_accel.data import draw_example
 from bge_accel.reading import shown_name
-from bge_accel.rows import TrainingRows
+from bge_accel.rows import TrainingRows, join_known_positives
 
 FULL = {"query": "who 检索 😀", "pos": ["king", "a king"], "neg": ["queen"], "pos_scores": [0.25, 2.0], "neg_scores": [-1.5],
         "prompt": "ask: "}  # fmt: skip
@@ -224,7 +224,7 @@ def test_a_cache_that_cannot_be_made_is_one_line_that_names_the_flag(write, tmp_
 
 TOO_FULL = """
 import resource, sys
-from bge_accel.rows import TrainingRows
+from bge_accel.rows import TrainingRows, join_known_positives
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a full disk: writing on fails
 print(len(TrainingRows([sys.argv[1]], cache_folder=sys.argv[3])))
 try:
@@ -266,7 +266,7 @@ def test_without_a_folder_the_users_cache_is_used(write, tmp_path, monkeypatch):
 
 MEMORY = """
 import re, sys
-from bge_accel.rows import TrainingRows
+from bge_accel.rows import TrainingRows, join_known_positives
 def held():
     return int(re.search(r"RssAnon:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 small, large, cache = sys.argv[1:]
@@ -448,6 +448,29 @@ def test_known_positives_are_those_of_all_rows_with_the_query(write, seed, limit
     expected = plainly_known(list(rows))
     for index in rng.sample(range(len(rows)), k=min(len(rows), 200)):
         assert rows.known_positives(index) == expected[index]
+
+
+@pytest.mark.parametrize("limit", [None, 15])
+@pytest.mark.parametrize("seed", range(4))
+def test_sources_know_each_others_positives_as_if_they_were_one(write, seed, limit):
+    rng = random.Random(seed)
+    sources = [TrainingRows([path], max_rows_per_file=limit, seed=seed) for path in random_files(write, rng)]
+    join_known_positives(sources)
+    expected = iter(plainly_known([row for rows in sources for row in rows]))
+    for rows in sources:
+        assert [rows.known_positives(index) for index in range(len(rows))] == [next(expected) for _ in rows]
+
+
+def test_a_negative_drawn_for_a_row_answers_its_query_in_no_source(write):
+    """All passages but one are known positives, some of them by the other source alone."""
+    here = [{"query": "q", "pos": ["p0"]}, {"query": "other", "pos": ["p1", "p2", "free"]}]
+    paths = write("a.jsonl", here), write("b.jsonl", [{"query": "q", "pos": ["p1", "p2"]}])
+    rows, other = (TrainingRows([path]) for path in paths)
+    join_known_positives([rows, other])
+    drawn = {draw_example(rows, 0, epoch, seed=0, group_size=2).passages[1] for epoch in range(30)}
+    assert drawn == {"free"}
+    with pytest.raises(ValueError, match=re.escape(f"{paths[1]}:1: the row has no negatives")):
+        other.check_negatives()
 
 
 def test_queries_whose_ids_collide_are_told_apart(write, cache, monkeypatch):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO
+from conftest import REPO, build_tiny_model
 from warm_start import Job
 
 SPY = REPO / "tests" / "spy_texts.py"
@@ -170,3 +170,30 @@ def test_processes_stop_together_where_a_stream_ends(rows: Path, tiny_model: str
     assert len(records(rows)) in steps
     assert ("the streams end after" in output) == (strategy != "repeat")
     assert (rows / "out" / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def steady_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Without dropout: a batch has the same loss in any order."""
+    return build_tiny_model(tmp_path_factory.mktemp("models") / "steady", dropout=0.0)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_one_file_knows_of_a_query_holds_in_all(tmp_path: Path, steady_model: str, processes: int) -> None:
+    """The same rows as one file, as two that are mixed, and as a stream of several blocks: every query occurs in both."""
+    rows = [
+        [{"query": f"query {i}", "pos": [f"{name} {i} is here"], "neg": [f"not {name} {i}"]} for i in range(8)]
+        for name in ("apple", "bread")
+    ]
+    for name, of_file in zip(("both", "apple", "bread"), [rows[0] + rows[1], *rows], strict=True):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    sources = write_sources(tmp_path, [{"path": "apple.jsonl"}, {"path": "bread.jsonl"}])
+    seen = []
+    for data in (["both.jsonl"], [sources, "--mix_sources"], ["apple.jsonl", "bread.jsonl", "--streaming"]):
+        flags = ("--per_device_train_batch_size", 16 // processes, "--max_steps", 1, "--logging_steps", 1)
+        more = ("--negatives_cross_device", "--shuffle_buffer_size", 3, "--overwrite_output_dir")
+        run(tmp_path, steady_model, "--train_data", *data, *flags, *more, processes=processes)
+        (figures,) = records(tmp_path)
+        seen.append([figures["masked_per_query"], figures["loss"]])
+    assert seen[0][0] == 1
+    assert seen[1] == pytest.approx(seen[0], rel=1e-5) and seen[2] == pytest.approx(seen[0], rel=1e-5)
