@@ -12,9 +12,10 @@ import random
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -341,22 +342,70 @@ def set_random_state(state: Mapping[str, Any], device: "torch.device") -> None:
 
 # ---- signals
 
+SAME_PRESS_SECONDS = 0.5
+"""A terminal and a launcher may both pass one Ctrl-C on, within milliseconds; nobody means two by two as fast as this."""
+
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1, so that the loop can save and stop; a second one ends the process at once.
+    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save and stop; a second one ends the process at once.
 
-    SLURM sends them before it preempts a job or its time is over; preempting, it sends one signal twice within
-    milliseconds, so what comes within `repeat_seconds` of the first is taken for the same.
+    SLURM sends SIGTERM and SIGUSR1 before it preempts a job or its time is over; preempting, it sends one signal twice
+    within milliseconds, so either of them within `repeat_seconds` of the first is taken for the same. Ctrl-C (SIGINT) is
+    somebody's wish: a second one counts after `SAME_PRESS_SECONDS`. So does SIGTERM after it, which is what torchrun makes of
+    a second Ctrl-C. Where SIGINT is ignored, as in a script's background, it stays so.
     """
 
     def __init__(self, repeat_seconds: float = 3.0) -> None:
-        self.received: str | None = None
+        self.number = 0
         self.repeat_seconds, self._at = repeat_seconds, 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._note)
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._note)
+
+    @property
+    def received(self) -> str | None:
+        """Name of the first signal."""
+        return signal.Signals(self.number).name if self.number else None
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received is None:
-            self.received, self._at = signal.Signals(number).name, time.monotonic()
-        elif time.monotonic() - self._at > self.repeat_seconds:
+        if not self.number:
+            self.number, self._at = number, time.monotonic()
+            if number == signal.SIGINT:
+                _tell("finishing the step, then saving; Ctrl-C again stops at once")
+            return
+        of_person = signal.SIGINT in (number, self.number)
+        if time.monotonic() - self._at > (SAME_PRESS_SECONDS if of_person else self.repeat_seconds):
             os._exit(128 + number)
+
+
+@contextmanager
+def interruptible(kept: str = "") -> Iterator[None]:
+    """Ends the program with status 130 and one line where Ctrl-C was pressed, cleaning up; a second one ends it at once.
+
+    Args:
+        kept: what the line says besides, such as how to go on.
+    """
+    pressed: list[float] = []
+
+    def interrupt(number: int, frame: Any) -> None:
+        pressed.append(time.monotonic())
+        if len(pressed) == 1:
+            raise KeyboardInterrupt
+        if pressed[-1] - pressed[0] > SAME_PRESS_SECONDS:
+            os._exit(128 + number)
+
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        _tell(f"stopped by Ctrl-C{f'; {kept}' if kept else ''}")
+        raise SystemExit(128 + signal.SIGINT) from None
+
+
+def _tell(text: str) -> None:
+    """One line on stderr, of the first process of a machine; written at once, as a signal's handler has to."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        line = f"\n{os.path.basename(sys.argv[0])}: {text}\n"  # below what the terminal shows of the key, or a bar
+        with suppress(OSError):
+            os.write(2, line.encode(errors="replace"))

@@ -23,6 +23,8 @@ import math
 import os
 import resource
 import shutil
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,7 +35,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints
+from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints, interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
 from bge_accel.jobs import leave_processes, progress
@@ -442,7 +444,8 @@ def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
     return feeds, dropped
 
 
-def main(cfg: Config) -> None:
+def main(cfg: Config) -> int:
+    """Trains; the status to end with, which is 130 after Ctrl-C."""
     # ---- check everything that can be checked before a model is loaded or a file written
     with user_errors():
         check(cfg)
@@ -1049,7 +1052,7 @@ def main(cfg: Config) -> None:
 
     # ---- the loop
     bar = progress(num_steps, "training", "step", shown=is_main and not cfg.disable_tqdm, initial=step)
-    window, stopped, unchecked = Window(len(feeds), device), False, None
+    window, stopped, unchecked = Window(len(feeds), device), 0, None
     if cfg.eval_on_start and step == 0:
         measure(step)
     for index, batch in enumerate(prefetch(batches(first_batch)) if step < num_steps else (), start=first_batch):
@@ -1160,7 +1163,7 @@ def main(cfg: Config) -> None:
         else:  # float16 overflowed; the loss scale is lowered, and neither the step nor the schedule moves
             skipped += 1
         is_end = step == num_steps or (cfg.max_steps < 1 and index == num_batches - 1)
-        stopped = bool(largest(int(stop.received is not None), device)) and not is_end
+        stopped = 0 if is_end else largest(stop.number, device)
         if skips and not is_end and not stopped:
             continue
         epoch = max(batch.passes) if cfg.streaming else (index + 1) * per_batch / num_rows
@@ -1233,6 +1236,7 @@ def main(cfg: Config) -> None:
         log_file.close()
     for tracker in accelerator.trackers:
         tracker.finish()
+    return 128 + stopped if stopped == signal.SIGINT else 0
 
 
 @contextmanager
@@ -1438,5 +1442,7 @@ def card_of(
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    with interruptible("nothing was begun"):
+        status = main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
     leave_processes()
+    sys.exit(status)

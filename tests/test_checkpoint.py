@@ -26,6 +26,7 @@ from bge_accel.checkpoint import (
     choose_checkpoint,
     differences,
     find_checkpoints,
+    interruptible,
     load_optimizer_tensors,
     move_into,
     optimizer_tensors,
@@ -546,9 +547,9 @@ def test_a_checkpoint_of_the_script_holds_no_pickle(tmp_path: Path, tiny_model: 
 # ---- signals
 
 WAITING = """
-import time
+import sys, time
 from bge_accel.checkpoint import StopSignals
-stop = StopSignals(repeat_seconds=0.5)
+stop = StopSignals(repeat_seconds=float(sys.argv[1]))
 print(stop.received, flush=True)
 try:
     while stop.received is None:
@@ -558,33 +559,97 @@ try:
 finally:
     print("cleaned up", flush=True)
 """
+LAUNCHED, PRESSED = [signal.SIGTERM, signal.SIGUSR1], signal.SIGINT
 
 
-@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGUSR1])
-def test_the_first_signal_is_noted_and_the_second_ends_at_once(first, second):
-    process = subprocess.Popen([sys.executable, "-c", WAITING], stdout=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(
+    ("first", "second", "repeat_seconds"),
+    [
+        *((first, second, 0.5) for first in LAUNCHED for second in LAUNCHED),
+        # Half a second after it a Ctrl-C is another one, and torchrun makes SIGTERM of a second one.
+        *((PRESSED, second, 60) for second in (PRESSED, signal.SIGTERM)),
+        *((first, PRESSED, 60) for first in LAUNCHED),
+    ],
+)
+def test_the_first_signal_is_noted_and_the_second_ends_at_once(first, second, repeat_seconds):
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, str(repeat_seconds)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     assert process.stdout is not None
     try:
         assert process.stdout.readline() == "None\n"
         process.send_signal(first)
         assert process.stdout.readline() == f"{first.name}\n"
-        for _ in range(3):  # SLURM repeats itself
+        for _ in range(3):  # SLURM repeats itself, and a terminal and a launcher pass the same on
             process.send_signal(first)
         time.sleep(0.6)
         assert process.poll() is None
         process.send_signal(second)
-        rest = process.communicate(timeout=30)[0]
+        rest, told = process.communicate(timeout=30)
     finally:
         process.kill()
     assert process.returncode == 128 + second and rest == ""
+    expected = "\n-c: finishing the step, then saving; Ctrl-C again stops at once\n"
+    assert told == (expected if first == PRESSED else "")
 
 
-def test_other_signals_are_left_alone():
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+def test_a_launcher_may_pass_the_same_on_for_seconds():
+    process = subprocess.Popen([sys.executable, "-c", WAITING, "60"], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     try:
+        assert process.stdout.readline() == "None\n"
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGTERM):
+            process.send_signal(number)
+            time.sleep(0.6)
+        assert process.poll() is None and process.stdout.readline() == "SIGTERM\n"
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_that_is_ignored_stays_ignored():
+    """As in the background of a shell's script."""
+    before = {number: signal.getsignal(number) for number in (*LAUNCHED, PRESSED)}
+    try:
+        signal.signal(PRESSED, signal.SIG_IGN)
         stop = StopSignals()
-        assert signal.getsignal(signal.SIGINT) is before[signal.SIGINT] and stop.received is None
+        with interruptible():
+            os.kill(os.getpid(), PRESSED)
+        assert signal.getsignal(PRESSED) is signal.SIG_IGN and stop.received is None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+CLEANING_UP = """
+import time
+from bge_accel.checkpoint import interruptible
+with interruptible("all is kept"):
+    try:
+        print("working", flush=True)
+        time.sleep(60)
+    finally:
+        print("cleaning up", flush=True)
+        time.sleep(1)
+        print("cleaned up", flush=True)
+"""
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_ctrl_c_ends_a_script_with_one_line(again):
+    process = subprocess.Popen(
+        [sys.executable, "-c", CLEANING_UP], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(PRESSED)
+        assert process.stdout.readline() == "cleaning up\n"
+        process.send_signal(PRESSED)  # passed on by a launcher
+        if again:
+            time.sleep(0.6)
+            process.send_signal(PRESSED)
+        rest, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert (rest, told) == (("", "") if again else ("cleaned up\n", "\n-c: stopped by Ctrl-C; all is kept\n"))

@@ -316,15 +316,17 @@ def test_the_rows_do_not_depend_on_the_number_of_processes(
 # ---- stopped by signals
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize(("name", "status"), [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
 def test_a_signal_saves_and_leaves_a_mark_until_the_run_goes_on(
-    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path], name: str
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path], name: str, status: int
 ) -> None:
+    """Ctrl-C is told from the others by the status, so that nothing that was to follow the run is begun."""
     out = tmp_path / "out"
     job = start("out", "--save_steps", 1000)
     job.wait_until(lambda: step_of(job) >= 5)
     job.send(signal.Signals[name])
-    text = job.ends(0)
+    text = job.ends(status)
+    assert "Traceback" not in text and ("Ctrl-C again stops at once" in text) == (name == "SIGINT")
     [(step, path)] = find_checkpoints(str(out))
     assert step == log(out)[-1]["step"] < STEPS
     assert what_is_damaged(path) is None
@@ -337,18 +339,39 @@ def test_a_signal_saves_and_leaves_a_mark_until_the_run_goes_on(
     assert_same_run(out, uninterrupted("one process"))
 
 
+@pytest.mark.parametrize(("name", "status"), [("SIGUSR1", 0), ("SIGINT", 130)])
 def test_a_signal_to_one_process_stops_all_at_the_same_step(
-    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path], name: str, status: int
 ) -> None:
     out, more = tmp_path / "out", ("--negatives_cross_device", "--save_steps", 1000)
-    env = {"SPY_ROWS": str(tmp_path / "seen"), "STOP_AFTER": "6", "STOP_RANK": "1", "STOP_SIGNAL": "SIGUSR1"}
-    text = start("out", *more, processes=2, through=(SPY_ROWS,), env=env).ends(0)
+    env = {"SPY_ROWS": str(tmp_path / "seen"), "STOP_AFTER": "6", "STOP_RANK": "1", "STOP_SIGNAL": name}
+    text = start("out", *more, processes=2, through=(SPY_ROWS,), env=env).ends(status)
     assert "stopped by a signal to another process: checkpoint-6 is saved" in text
     assert [len((tmp_path / f"seen-{rank}.jsonl").read_text().splitlines()) for rank in (0, 1)] == [6, 6]
     assert (out / "requeue").exists()
     start("out", *more, *LATEST, processes=2).ends()
     assert not (out / "requeue").exists()
     assert_same_run(out, uninterrupted("two processes"))
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_torchrun_and_its_processes(tmp_path: Path, tiny_model: str, data: Path) -> None:
+    """Torchrun passes the first on as SIGINT and makes SIGTERM of the second; here while the processes sleep."""
+    out, output = tmp_path / "out", tmp_path / "output"
+    args = flags(tiny_model, data, "out", "--save_steps", 2, processes=2)
+    env = ("env", "STOP_AFTER=5", "STOP_RANK=0", "STOP_SIGNAL=SIGCONT", "STOP_AGAIN=25")
+    with launched(*env, *TORCHRUN, SPY_ROWS, SCRIPT, *args, cwd=tmp_path) as run:
+        wait_until(lambda: len(find_checkpoints(str(out))) == 2, run, output)
+        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        time.sleep(1)
+        for _ in range(2):
+            os.kill(run.pid, signal.SIGINT)
+            time.sleep(1)
+        pressed = time.monotonic()
+        assert run.wait(60) != 0 and time.monotonic() - pressed < 15
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    assert "Ctrl-C again stops at once" in output.read_text()
+    assert [step for step, _ in find_checkpoints(str(out))] == [2, 4] and not (out / "requeue").exists()
 
 
 def test_a_signal_while_the_model_loads_is_not_lost(tmp_path: Path, start: Start) -> None:
@@ -377,18 +400,21 @@ def test_a_second_signal_ends_it_at_once(tmp_path: Path, start: Start, uninterru
 
 
 @pytest.mark.slow
-def test_signals_as_a_user_sends_them(tmp_path: Path, tiny_model: str, data: Path) -> None:
-    """To `python scripts/finetune.py`; then to torchrun and its processes, to which it passes them on once more.
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signals_as_a_user_sends_them(
+    tmp_path: Path, tiny_model: str, data: Path, number: signal.Signals, status: int
+) -> None:
+    """To `python scripts/finetune.py`; then to torchrun, which passes them on to its processes.
 
     Torchrun's status is its own.
     """
     out, file, more = tmp_path / "out", tmp_path / "out" / "train_log.jsonl", (*LATEST, "--save_steps", 1000)
-    for launch, processes, statuses in ((PLAIN, 1, [0]), (TORCHRUN, 2, [0, 1])):
+    for launch, processes, statuses in ((PLAIN, 1, [status]), (TORCHRUN, 2, [0, 1])):
         before = len(log(out)) if out.exists() else 0
         args = flags(tiny_model, data, "out", *more, processes=processes)
         with launched(*launch, SCRIPT, *args, cwd=tmp_path) as run:
             wait_until(lambda before=before: file.exists() and len(log(out)) > before, run, tmp_path / "output")
-            os.killpg(run.pid, signal.SIGTERM)
+            os.killpg(run.pid, number)
             assert run.wait(60) in statuses
         assert "is saved; go on with --resume_from_checkpoint latest" in (tmp_path / "output").read_text()
         assert (out / "requeue").exists()
