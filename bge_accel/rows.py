@@ -1,7 +1,7 @@
 """Checked training rows of any number, in Arrow files that are mapped into memory and never read whole.
 
 A data file is read and checked once. What it holds is then kept as an Arrow file in a cache, found again by the data
-file's path, size and time of change.
+file's path, size, time of change and a digest of its bytes (of a large file, of a sample of them).
 """
 
 import bisect
@@ -33,8 +33,10 @@ from bge_accel.reading import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 1  # of the cached files; a higher one makes them anew
+FORMAT = 2  # of the cached files; a higher one makes them anew
 ROWS_PER_BATCH = 1000
+# A file of up to so many bytes is digested whole (in a tenth of a second); of a larger one, so many blocks of this size.
+DIGESTED_WHOLE, DIGESTED_BLOCKS, DIGESTED_BLOCK_SIZE = 2**26, 256, 2**16
 
 
 def default_cache_folder() -> str:
@@ -277,10 +279,14 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
     """
     from filelock import FileLock
 
-    status = os.stat(path)
+    try:
+        state = file_state(path)
+    except OSError as error:
+        faults.add(path, f"cannot be read: {error}")
+        return None
     # Copies of earlier states of the same file are of no use any more: they share the first part of the name.
     stem = os.path.join(cache_folder, _hash(os.path.realpath(path)))
-    name = f"{stem}-{_hash(f'{FORMAT} {status.st_size} {status.st_mtime_ns}')}"
+    name = f"{stem}-{_hash(f'{FORMAT} {state}')}"
     try:
         os.makedirs(cache_folder, exist_ok=True)
         with FileLock(f"{stem}.lock"):
@@ -301,6 +307,22 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
         if not (is_broken_file(error) or isinstance(error, ValueError | LookupError | TypeError)):
             raise
         raise ValueError(f"{name}.arrow, the checked copy of {path}, is damaged ({error}); remove it") from None
+
+
+def file_state(path: str) -> tuple[int, int, str]:
+    """Size, time of change and a digest of a file: of all its bytes, or of its head, its tail and blocks between.
+
+    An editor or a copy may keep size and time. What is changed in a large file between the blocks alone is not seen.
+    """
+    status, digest = os.stat(path), hashlib.blake2b(digest_size=16)
+    starts: Sequence[int] = range(0, status.st_size, DIGESTED_BLOCK_SIZE)
+    if status.st_size > DIGESTED_WHOLE:
+        starts = [starts[i * (len(starts) - 1) // (DIGESTED_BLOCKS - 1)] for i in range(DIGESTED_BLOCKS)]
+    with open(path, "rb", buffering=0) as file:
+        for start in starts:
+            file.seek(start)
+            digest.update(file.read(DIGESTED_BLOCK_SIZE))
+    return status.st_size, status.st_mtime_ns, digest.hexdigest()
 
 
 def _hash(text: str) -> str:

@@ -76,17 +76,48 @@ def python(code, *args, status=0):
 # ---- the cache
 
 
-def test_the_second_opening_reads_nothing_of_the_file(write, cache):
+def test_the_second_opening_parses_nothing_of_the_file(write, cache, monkeypatch):
     path = write("a.jsonl", numbered(2500))
     first, digest = list(TrainingRows([path], cache_folder=cache)), TrainingRows([path], cache_folder=cache).digest()
-    status = os.stat(path)
-    with open(path, "r+b") as file:
-        file.write(b"#" * status.st_size)  # neither JSON nor rows
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    monkeypatch.setattr(rows_module, "read_rows", lambda path, faults: iter([(f"{path}:1", 1, {"query": "read anew"})]))
     again = TrainingRows([path], cache_folder=cache)
     assert list(again) == first == numbered(2500) and again.digest() == digest
     shutil.rmtree(cache)
-    assert "not JSON" in message_of([path], cache_folder=cache)
+    assert '"pos" is missing' in message_of([path], cache_folder=cache)
+
+
+@pytest.mark.parametrize("place", [0, 0.37, 0.99999])
+@pytest.mark.parametrize("is_large", [False, True])
+def test_an_edit_that_keeps_size_and_time_is_seen(write, cache, monkeypatch, is_large, place):
+    """Anywhere in a small file; in a large one at its ends, and where a good part of it is changed."""
+    if is_large:
+        monkeypatch.setattr(rows_module, "DIGESTED_WHOLE", 2**16)
+        monkeypatch.setattr(rows_module, "DIGESTED_BLOCKS", 8)
+        monkeypatch.setattr(rows_module, "DIGESTED_BLOCK_SIZE", 2**10)
+    count = 4000
+    path = write("a.jsonl", numbered(count))
+    TrainingRows([path], cache_folder=cache)
+    status, rows, first = os.stat(path), numbered(count), int(place * count)
+    for row in rows[first : first + (count // 4 if is_large else 1)]:
+        row["pos"] = [row["pos"][0].upper()]
+    write("a.jsonl", rows)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert os.stat(path).st_size == status.st_size
+    assert list(TrainingRows([path], cache_folder=cache)) == rows and len(kept(cache)) == 2
+
+
+def test_a_copy_that_an_earlier_version_kept_is_made_anew(write, cache):
+    """By path, size and time alone, as until now."""
+    path = write("a.jsonl", numbered(3))
+    TrainingRows([path], cache_folder=cache)
+    status, stem = os.stat(path), kept(cache)[0].partition("-")[0]
+    for name in kept(cache):
+        os.remove(f"{cache}/{name}")
+    old = f"{stem}-{rows_module._hash(f'1 {status.st_size} {status.st_mtime_ns}')}"
+    for ending in ("arrow", "json"):
+        Path(f"{cache}/{old}.{ending}").write_bytes(b"of another form")
+    assert list(TrainingRows([path], cache_folder=cache)) == numbered(3)
+    assert len(kept(cache)) == 2 and not any(name.startswith(old) for name in kept(cache))
 
 
 def test_a_changed_file_is_read_anew_and_the_stale_copy_goes(write, cache):
