@@ -9,6 +9,12 @@ from bge_accel.evaluation_sources import QRELS_EXTENSIONS, hub_rows, is_hub_name
 from bge_accel.reading import Faults, is_broken_file, open_binary, raw_lines, shorten
 
 MAX_GRADE = 10**9  # sums of gains are to stay numbers
+# Names of the columns of judgements, without case, spaces, hyphens and underscores; of several in a header the first counts.
+QUERY_COLUMNS = ("queryid", "qid", "topicid", "query", "topic")
+CORPUS_COLUMNS = (
+    "corpusid", "passageid", "documentid", "docid", "docno", "pid", "did", "corpus", "passage", "document", "doc",
+)  # fmt: skip
+SCORE_COLUMNS = ("score", "grade", "relevance", "rel", "label")
 
 
 class Corpus(NamedTuple):
@@ -176,8 +182,8 @@ def query_rows(paths: Sequence[str], faults: Faults) -> Iterator[tuple[str, dict
 def read_qrels(path: str, faults: Faults) -> dict[str, dict[str, int]]:
     """Reads judgements, `{query id: {corpus id: grade}}`, from a plain, `.gz` or `.zst` file, or the hub.
 
-    Lines are `query-id  corpus-id  score` (BEIR, a header is optional) or `query-id  0  corpus-id  grade` (TREC),
-    separated by tabs, or by spaces where there is no tab. A grade of 1 or more is relevant.
+    Lines are `query-id  corpus-id  score` (BEIR) or `query-id  0  corpus-id  grade` (TREC), or in whatever order a header
+    on the first line says; separated by tabs, or by spaces where there is no tab. A grade of 1 or more is relevant.
     """
     grades: dict[str, dict[str, int]] = {}
     for where, query_id, corpus_id, grade_text in _judged_pairs(path, faults):
@@ -214,14 +220,49 @@ def _judged_pairs(path: str, faults: Faults) -> Iterator[tuple[str, str, str, st
             raise
         faults.add(path, f"cannot be read: {error}")
         return
+    header: list[int] | None = None
+    width: tuple[int, ...] = (3, 4)
     for position, (number, line) in enumerate(lines):
+        where = f"{path}:{number}"
         fields = [field.strip() for field in (line.split("\t") if "\t" in line else line.split())]
-        if position == 0 and fields[-1].lower() in ("score", "grade", "relevance", "rel", "label"):
-            continue
-        if len(fields) in (3, 4):
-            yield f"{path}:{number}", fields[0], fields[-2], fields[-1]
+        if position == 0 and _is_header(fields):
+            header, width = _columns(fields, where, faults), (len(fields),)
+            if header is None:
+                return
+        elif len(fields) not in width:
+            expected = (
+                "query-id, corpus-id, score, separated by tabs" if header is None else "as many fields as the header"
+            )
+            faults.add(where, f"{shorten(line)}: expected {expected}")
         else:
-            faults.add(f"{path}:{number}", f"{shorten(line)}: expected query-id, corpus-id, score, separated by tabs")
+            query, corpus, score = header or (0, -2, -1)
+            yield where, fields[query], fields[corpus], fields[score]
+
+
+def _is_header(fields: Sequence[str]) -> bool:
+    """Whether the first line of judgements names the columns: it ends as a header does, or two of them are known names."""
+    names = list(map(_column_name, fields))
+    known = [not set(of).isdisjoint(names) for of in (QUERY_COLUMNS, CORPUS_COLUMNS, SCORE_COLUMNS)]
+    return names[-1] in SCORE_COLUMNS or sum(known) >= 2
+
+
+def _columns(fields: Sequence[str], where: str, faults: Faults) -> list[int] | None:
+    """Places of query id, corpus id and score among the names of a header; None after a fault."""
+    names, places = list(map(_column_name, fields)), []
+    for shown, known in (("query-id", QUERY_COLUMNS), ("corpus-id", CORPUS_COLUMNS), ("score", SCORE_COLUMNS)):
+        found = next((name for name in known if name in names), None)
+        if found is None:
+            faults.add(
+                where,
+                f"the header {shorten(' '.join(fields))} has no {shown}; name the columns query-id, corpus-id, score",
+            )
+            return None
+        places.append(names.index(found))
+    return places
+
+
+def _column_name(field: str) -> str:
+    return "".join(character for character in field.lower() if character.isalnum())
 
 
 def _match_texts(queries: Queries, corpus: Corpus) -> tuple[Judgements, str | None]:
