@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import os
+import re
 import sys
 import types
 import typing
@@ -19,6 +20,8 @@ from bge_accel.reading import load_yaml, near_path
 
 T = TypeVar("T")
 SECRETS = ("--token",)
+LARGEST = 1e300
+MOST = 10**15  # of an integer: numpy's products with it do not overflow
 # Short names that people try, and what they mean in one script or another.
 COMMON_NAMES = {
     "batch_size": ("per_device_train_batch_size",),
@@ -40,9 +43,47 @@ class Refusal(NamedTuple):
     harmless: tuple[str, ...] = ()
 
 
-def option(default: Any, help: str, *, aliases: Sequence[str] = (), group: str = "") -> Any:
-    """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in `--help`."""
-    metadata = {"help": help, "aliases": tuple(aliases), "group": group}
+class Bounds(NamedTuple):
+    """What a flag's number, or each number of its list, has to be."""
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    def allow(self, number: float) -> bool:
+        return not (
+            (self.at_least is not None and number < self.at_least)
+            or (self.above is not None and number <= self.above)
+            or (self.at_most is not None and number > self.at_most)
+            or (self.below is not None and number >= self.below)
+        )
+
+    def __str__(self) -> str:
+        if self.at_least is not None and self.at_most is not None:
+            return f"between {self.at_least} and {self.at_most}"
+        given = {name.replace("_", " "): bound for name, bound in self._asdict().items() if bound is not None}
+        return ", and ".join(f"{name} {bound}" for name, bound in given.items())
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    aliases: Sequence[str] = (),
+    group: str = "",
+) -> Any:
+    """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in `--help`.
+
+    Every number has its bounds: `at_least` or `above`, and `at_most` or `below` where there is an upper one. One that may
+    be any says so by `above=-math.inf`.
+    """
+    bounds = Bounds(at_least, above, at_most, below)
+    metadata = {"help": help, "aliases": tuple(aliases), "group": group, "bounds": bounds}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -50,7 +91,7 @@ def option(default: Any, help: str, *, aliases: Sequence[str] = (), group: str =
 
 def required(help: str, *, group: str = "") -> Any:
     """A dataclass field that has to be given, by `--config` or on the command line."""
-    return dataclasses.field(metadata={"help": help, "aliases": (), "group": group})
+    return dataclasses.field(metadata={"help": help, "aliases": (), "group": group, "bounds": Bounds()})
 
 
 def parse_config(
@@ -64,7 +105,8 @@ def parse_config(
 
     Field types: str, int, float, bool, Literal, list of these, each also optional. Booleans take `--flag`,
     `--flag True|False` and `--no_flag`; every flag may be written with `-` for `_`. Names are never abbreviated.
-    Mistakes end the program with status 2 and one line that says what is wrong, in YAML as on the command line.
+    Numbers keep to their `Bounds`. Mistakes end the program with status 2 and one line that says what is wrong, in YAML as
+    on the command line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     refused = refused or {}
@@ -90,8 +132,10 @@ def parse_config(
         hide_secrets(sys.argv)
     values.pop("_refused", None)
     path = values.pop("config", None)
+    for name, value in values.items():
+        _check_bounds(parser, f"--{name}", value, fields[name])
     if path is not None:
-        values = {**_read_yaml(path, parser, names, hints, refused), **values}
+        values = {**_read_yaml(path, parser, names, fields, hints, refused), **values}
     missing = [
         name
         for name, field in fields.items()
@@ -151,6 +195,8 @@ class _Parser(argparse.ArgumentParser):
     def __init__(self, *args: Any, known: Sequence[str], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.known = known
+        # What begins with one minus is a value (-1e-5, -5-10), not only what argparse takes for a negative number.
+        self._negative_number_matcher = re.compile("-(?!-)")
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n(run {self.prog} --help for every flag)\n")
@@ -215,7 +261,9 @@ def _convert(text: Any, hint: Any) -> Any:
             number = hint(text)
         except (TypeError, ValueError, OverflowError):
             number = None
-        if number is not None and abs(number) < 1e300 and (not isinstance(text, float) or number == text):
+        if number is not None and abs(number) < LARGEST and (not isinstance(text, float) or number == text):
+            if hint is int and abs(number) > MOST:
+                raise ValueError(f"{text!r} is too large")
             return number
     raise ValueError(f"{text!r} is not {'an integer' if hint is int else 'a number'}")
 
@@ -258,6 +306,14 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
         )
 
 
+def _check_bounds(parser: _Parser, shown: str, value: Any, field: dataclasses.Field) -> None:
+    bounds: Bounds = field.metadata["bounds"]
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not bounds.allow(number):
+            left_out = ", or left out" if field.default is None else ""
+            parser.error(f"{shown} is {str(number).removesuffix('.0')}: it has to be {bounds}{left_out}")
+
+
 def _is_harmless(given: str, refusal: Refusal) -> bool:
     spelled = {"true": "True", "yes": "True", "false": "False", "no": "False"}.get(given.lower(), given)
     same = {"1": "True", "0": "False"}.get(given, given)
@@ -275,7 +331,12 @@ def _refuse(name: str, refusal: Refusal) -> type[argparse.Action]:
 
 
 def _read_yaml(
-    path: str, parser: _Parser, names: Mapping[str, str], hints: Mapping[str, Any], refused: Mapping[str, Refusal]
+    path: str,
+    parser: _Parser,
+    names: Mapping[str, str],
+    fields: Mapping[str, dataclasses.Field],
+    hints: Mapping[str, Any],
+    refused: Mapping[str, Refusal],
 ) -> dict[str, Any]:
     try:
         content = load_yaml(path)
@@ -298,6 +359,7 @@ def _read_yaml(
             values[names[name]] = _convert(value, hints[names[name]])
         except ValueError as error:
             parser.error(f"{path}: {key}: {error}")
+        _check_bounds(parser, f"{path}: {key}", values[names[name]], fields[names[name]])
     return values
 
 

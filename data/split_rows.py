@@ -30,14 +30,12 @@ class Config:
 
     input_file: list[str] = required("rows of query, pos and neg: files, globs or folders")
     output_dir: str = required("where the four files are written")
-    held_out: int = option(200, "so many rows at the least are kept out of training")
-    seed: int = option(42, "which rows these are")
+    held_out: int = option(200, "so many rows at the least are kept out of training", at_least=1)
+    seed: int = option(42, "which rows these are", at_least=0, at_most=2**32 - 1)
 
 
 def main(cfg: Config) -> None:
     with user_errors():
-        if cfg.held_out < 1:
-            raise ValueError(f"--held_out is {cfg.held_out}: it has to be at least 1")
         for name in OUTPUTS:
             check_output("--output_dir", os.path.join(cfg.output_dir, name), [])
         rows = read_all(cfg.input_file)

@@ -34,13 +34,15 @@ class Config:
     model_name_or_path: str | None = option(None, "encoder to start from; default: the packaged all-MiniLM-L6-v2")
     output_dir: str = option("outputs/demo", "folder for everything the demonstration writes")
     compare: bool = option(False, "also tune without mined negatives, and measure on a second, general task")
-    seeds: list[int] = option([42], "one training for each")
-    max_steps: int = option(50, "optimiser steps of each training")
-    batch_size: int = option(64, "queries in each step")
-    max_length: int = option(64, "tokens that a passage is cut to")
-    learning_rate: float = option(1e-4, "high, as the training is short")
-    temperature: float = option(0.04, "similarities are divided by it")
-    merge_weight: float = option(0.5, "of the tuned model in the merged one; the base has the rest")
+    seeds: list[int] = option([42], "one training for each", at_least=0, at_most=2**32 - 1)
+    max_steps: int = option(50, "optimiser steps of each training", at_least=1)
+    batch_size: int = option(64, "queries in each step", at_least=1)
+    max_length: int = option(64, "tokens that a passage is cut to", at_least=1)
+    learning_rate: float = option(1e-4, "high, as the training is short", above=0, at_most=1)
+    temperature: float = option(0.04, "similarities are divided by it", above=0)
+    merge_weight: float = option(
+        0.5, "of the tuned model in the merged one; the base has the rest", at_least=0, at_most=1
+    )
 
 
 def run(script: str, *arguments: object) -> None:
@@ -66,8 +68,6 @@ def main(cfg: Config) -> None:
     with user_errors():
         model = cfg.model_name_or_path or packaged_model()
         check_model_path("--model_name_or_path", model)
-        if not 0 <= cfg.merge_weight <= 1:
-            raise ValueError(f"--merge_weight is {cfg.merge_weight}: it has to be between 0 and 1")
     mine, finetune, mix, evaluate = (
         os.path.join(SCRIPTS, f"{name}.py")
         for name in ("mine_hard_negatives", "finetune", "mix_models", "evaluate_retrieval")

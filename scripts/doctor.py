@@ -49,13 +49,17 @@ class Config(finetune.Config):
     """A run of scripts/finetune.py, and how closely it is looked at."""
 
     json: str | None = option(None, "write the report to this file as JSON too; - prints that alone", group="doctor")
-    sample_rows: int = option(10_000, "rows that are looked at, drawn from all files", group="doctor")
+    sample_rows: int = option(10_000, "rows that are looked at, drawn from all files", at_least=1, group="doctor")
     measure_steps: int = option(
-        3, "real steps at each of two batch sizes, to foretell memory and time; 0 for none, else at least 2",
+        3, "real steps at each of two batch sizes, to foretell memory and time; 0 for none, else at least 2", at_least=0,
         group="doctor",
     )  # fmt: skip
     num_processes: int | None = option(
-        None, "that the run will have; default: as `accelerate launch` started this, else 1", group="doctor"
+        None,
+        "that the run will have; default: as `accelerate launch` started this, else 1",
+        at_least=1,
+        at_most=1_000_000,
+        group="doctor",
     )
 
 
@@ -76,14 +80,8 @@ def main(cfg: Config) -> int:
     if os.environ.get("RANK", "0") != "0":
         return 0
     with user_errors():
-        if cfg.sample_rows < 1:
-            raise ValueError(f"--sample_rows is {cfg.sample_rows}: it has to be at least 1")
-        if cfg.measure_steps < 0 or cfg.measure_steps == 1:
-            raise ValueError(
-                f"--measure_steps is {cfg.measure_steps}: the first step is unlike the others, so take 0 or at least 2"
-            )
-        if cfg.num_processes is not None and cfg.num_processes < 1:
-            raise ValueError(f"--num_processes is {cfg.num_processes}: it has to be at least 1")
+        if cfg.measure_steps == 1:
+            raise ValueError("--measure_steps is 1: the first step is unlike the others, so take 0 or at least 2")
     run = run_of(cfg)
     world = cfg.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -63,20 +63,23 @@ class Config:
     cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
 
     max_length: int | None = option(
-        None, "tokens that a text is cut to, special tokens included; default: the model's own", group="encoding"
+        None,
+        "tokens that a text is cut to, special tokens included; default: the model's own",
+        at_least=1,
+        group="encoding",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32", group="encoding"
     )
     max_tokens_per_micro_batch: int | None = option(
-        None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)",
+        None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)", at_least=1,
         group="encoding",
     )  # fmt: skip
-    batch_size: int | None = option(None, "at most so many texts in one forward pass", group="encoding")
+    batch_size: int | None = option(None, "at most so many texts in one forward pass", at_least=1, group="encoding")
 
     dtype: Literal["float16", "float32"] = option("float32", "to store in", group="output")
     shard_size: int | None = option(
-        None, "texts in a shard: what a kill can cost; default: 4,096 to 65,536, fewer for several processes",
+        None, "texts in a shard: what a kill can cost; default: 4,096 to 65,536, fewer for several processes", at_least=1,
         group="output",
     )  # fmt: skip
     disable_tqdm: bool = option(False, "no progress bar", group="output")
@@ -84,10 +87,6 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is read."""
-    for name in ("max_length", "max_tokens_per_micro_batch", "batch_size", "shard_size"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: it has to be at least 1")
     other = "passage" if cfg.kind == "query" else "query"
     if getattr(cfg, f"{other}_instruction_for_retrieval") is not None:
         raise ValueError(f"--{other}_instruction_for_retrieval has no effect with --kind {cfg.kind}; drop it")

@@ -115,18 +115,26 @@ class Config:
         None, "of judgements in BEIR's layout (default: test), or of queries on the hub (default: dev)", group="data"
     )
 
-    k: int = option(100, "passages retrieved for each query", group="search")
+    k: int = option(100, "passages retrieved for each query", at_least=1, group="search")
     cutoffs: list[int] | None = option(
-        None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", group="search"
+        None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", at_least=1, group="search"
     )
     index_factory: str = option("Flat", "FAISS index string; Flat is exact", group="search")
     num_processes: int | None = option(
-        None, "started on this machine, each encodes and searches its share; default: one a GPU", group="search"
+        None,
+        "started on this machine, each encodes and searches its share; default: one a GPU",
+        at_least=1,
+        at_most=1024,
+        group="search",
     )
 
-    max_query_length: int = option(32, "tokens that a query is cut to, special tokens included", group="encoding")
-    max_passage_length: int = option(128, "tokens that a passage is cut to, special tokens included", group="encoding")
-    batch_size: int = option(256, "at most so many texts in one forward pass", group="encoding")
+    max_query_length: int = option(
+        32, "tokens that a query is cut to, special tokens included", at_least=1, group="encoding"
+    )
+    max_passage_length: int = option(
+        128, "tokens that a passage is cut to, special tokens included", at_least=1, group="encoding"
+    )
+    batch_size: int = option(256, "at most so many texts in one forward pass", at_least=1, group="encoding")
     fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="encoding")
     bf16: bool = option(False, "bfloat16; without hardware for it float32", group="encoding")
 
@@ -149,7 +157,7 @@ class Config:
     save_ranking: str | None = option(None, "JSON lines: the top 10 of each query (one encoder)", group="output")
     report: str | None = option(None, "an HTML page with tables, figures and samples", group="output")
     figures_dir: str | None = option(None, "PNG of each of its figures (needs matplotlib)", group="output")
-    show: int = option(0, "print the top 3 of so many queries", group="output")
+    show: int = option(0, "print the top 3 of so many queries", at_least=0, group="output")
 
 
 class System(NamedTuple):
@@ -165,11 +173,6 @@ def check(cfg: Config) -> None:
     encoders, runs = cfg.encoder or [], cfg.compare or []
     if not encoders and not runs:
         raise ValueError("there is nothing to measure: name models with --encoder, or runs with --compare")
-    for name in ("max_query_length", "max_passage_length", "batch_size", "num_processes"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1")
-    if cfg.show < 0:
-        raise ValueError(f"--show is {cfg.show}: it has to be at least 0")
     choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
     if cfg.compare_metric is not None and len(encoders) + len(runs) < 2:
         raise ValueError(f"--compare_metric {cfg.compare_metric} has no effect on one system alone; drop it")

@@ -83,9 +83,13 @@ class Config:
     token: str | None = option(None, "access token for the hub (default: what `hf auth login` stored)", group="model")
     trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
 
-    train_group_size: int = option(8, "passages per query: 1 positive and N - 1 negatives", group="data")
-    query_max_len: int = option(32, "tokens that a query is cut to, special tokens included", group="data")
-    passage_max_len: int = option(128, "tokens that a passage is cut to, special tokens included", group="data")
+    train_group_size: int = option(
+        8, "passages per query: 1 positive and N - 1 negatives", at_least=1, at_most=10_000, group="data"
+    )
+    query_max_len: int = option(32, "tokens that a query is cut to, special tokens included", at_least=1, group="data")
+    passage_max_len: int = option(
+        128, "tokens that a passage is cut to, special tokens included", at_least=1, group="data"
+    )
     query_instruction_for_retrieval: str | None = option(
         None, 'put before each query; "" for none; default: what the model says of itself', group="data"
     )
@@ -94,9 +98,15 @@ class Config:
         None, 'put before each passage; "" for none; default: what the model says of itself', group="data"
     )
     passage_instruction_format: str = option("{}{}", "how instruction and passage are joined", group="data")
-    max_example_num_per_dataset: int = option(100_000_000, "take a random sample of larger files", group="data")
-    shuffle_ratio: float = option(0.0, "chance that a long positive has its parts put in random order", group="data")
-    pad_to_multiple_of: int | None = option(None, "round padded lengths up to a multiple of this", group="data")
+    max_example_num_per_dataset: int = option(
+        100_000_000, "take a random sample of larger files", at_least=1, group="data"
+    )
+    shuffle_ratio: float = option(
+        0.0, "chance that a long positive has its parts put in random order", at_least=0, at_most=1, group="data"
+    )
+    pad_to_multiple_of: int | None = option(
+        None, "round padded lengths up to a multiple of this", at_least=1, at_most=4096, group="data"
+    )
     dataloader_drop_last: bool = option(False, "drop the batches at the end that do not fill a step", group="data")
     cache_path: str | None = option(
         None, "folder for the checked rows, kept for the next run; default: in ~/.cache/bge_accel", group="data"
@@ -105,26 +115,34 @@ class Config:
         False, "every file is a source of its own, and each batch comes from one of them", group="several sources"
     )
     small_threshold: int = option(
-        0, "files of fewer rows are one source for each folder (--same_dataset_within_batch)", group="several sources"
+        0,
+        "files of fewer rows are one source for each folder (--same_dataset_within_batch)",
+        at_least=0,
+        group="several sources",
     )
     drop_threshold: int = option(
-        0, "and dropped where together they have fewer rows than this", group="several sources"
+        0, "and dropped where together they have fewer rows than this", at_least=0, group="several sources"
     )
     mix_sources: bool = option(False, "mix the sources inside each batch", group="several sources")
     sampling_temperature: float = option(
-        1.0, "above 1, small sources come more often: shares are sizes to the power of 1 / T", group="several sources"
+        1.0,
+        "above 1, small sources come more often: shares are sizes to the power of 1 / T",
+        above=0,
+        group="several sources",
     )
     streaming: bool = option(
         False, "read rows as they are needed: hub names, URLs, or files too large to keep", group="streaming"
     )
-    shuffle_buffer_size: int = option(10_000, "rows of a stream that are shuffled together", group="streaming")
+    shuffle_buffer_size: int = option(
+        10_000, "rows of a stream that are shuffled together", at_least=1, group="streaming"
+    )
     stopping_strategy: Literal["repeat", "first_exhausted", "all_exhausted"] = option(
         "repeat",
         "when a stream's end stops the run: never before --max_steps, at the first end, or when all have ended once",
         group="streaming",
     )
 
-    temperature: float = option(0.02, "similarities are divided by it; 1 where not normalised", group="loss")
+    temperature: float = option(0.02, "similarities are divided by it; 1 where not normalised", above=0, group="loss")
     use_inbatch_neg: bool = option(True, "other queries' passages are negatives too", group="loss")
     negatives_cross_device: bool = option(False, "passages of all processes are negatives", group="loss")
     mask_false_negatives: bool = option(
@@ -138,30 +156,46 @@ class Config:
     learning_rate: float = option(
         2e-5,
         "peak; about 1e-5, 2e-5, 3e-5 for large, base, small models (FlagEmbedding inherits 5e-5, too much for most)",
+        above=0,
+        at_most=1,
         group="optimisation",
     )
-    num_train_epochs: float = option(3.0, "passes over the data", group="optimisation")
-    max_steps: int = option(-1, "optimiser steps, instead of epochs", group="optimisation")
+    num_train_epochs: float = option(3.0, "passes over the data", above=0, at_most=1_000_000, group="optimisation")
+    max_steps: int = option(-1, "optimiser steps, instead of epochs", at_least=-1, group="optimisation")
     per_device_train_batch_size: int = option(
-        32, "queries per process (FlagEmbedding has 8; more negatives teach more)", group="optimisation"
+        32,
+        "queries per process (FlagEmbedding has 8; more negatives teach more)",
+        at_least=1,
+        at_most=1_000_000,
+        group="optimisation",
     )
     gradient_accumulation_steps: int = option(
-        1, "batches per optimiser step; they share no negatives", group="optimisation"
+        1, "batches per optimiser step; they share no negatives", at_least=1, at_most=1_000_000, group="optimisation"
     )
     warmup_ratio: float = option(
-        0.1, "share of the steps in which the rate rises (FlagEmbedding: 0)", group="optimisation"
+        0.1,
+        "share of the steps in which the rate rises (FlagEmbedding: 0)",
+        at_least=0,
+        at_most=1,
+        group="optimisation",
     )
-    warmup_steps: int = option(0, "steps in which the rate rises; wins over --warmup_ratio", group="optimisation")
+    warmup_steps: int = option(
+        0, "steps in which the rate rises; wins over --warmup_ratio", at_least=0, group="optimisation"
+    )
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
     ] = option("linear", "how the rate falls", group="optimisation")
-    weight_decay: float = option(0.0, "of AdamW; not on biases and norms", group="optimisation")
-    adam_beta1: float = option(0.9, "of AdamW", group="optimisation")
-    adam_beta2: float = option(0.999, "of AdamW", group="optimisation")
-    adam_epsilon: float = option(1e-8, "of AdamW", group="optimisation")
+    weight_decay: float = option(0.0, "of AdamW; not on biases and norms", at_least=0, at_most=1, group="optimisation")
+    adam_beta1: float = option(0.9, "of AdamW", at_least=0, below=1, group="optimisation")
+    adam_beta2: float = option(0.999, "of AdamW", at_least=0, below=1, group="optimisation")
+    adam_epsilon: float = option(1e-8, "of AdamW", above=0, at_most=1, group="optimisation")
     optim: Literal["adamw_torch_fused", "adamw_torch"] = option("adamw_torch_fused", "", group="optimisation")
-    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 for never", group="optimisation")
-    seed: int = option(42, "of data order, drawn passages and dropout", group="optimisation")
+    max_grad_norm: float = option(
+        1.0, "gradients are clipped to this norm; 0 for never", at_least=0, group="optimisation"
+    )
+    seed: int = option(
+        42, "of data order, drawn passages and dropout", at_least=0, at_most=2**32 - 1, group="optimisation"
+    )
 
     eval_data: list[str] | None = option(
         None,
@@ -169,7 +203,9 @@ class Config:
         "queries have to find their positives among all its passages",
         group="evaluation",
     )
-    eval_steps: int = option(500, "steps between measurements; there is one at the end too", group="evaluation")
+    eval_steps: int = option(
+        500, "steps between measurements; there is one at the end too", at_least=1, group="evaluation"
+    )
     eval_on_start: bool = option(False, "measure before the first step too", group="evaluation")
     metric_for_best_model: str = option(
         "nDCG@10", "decides what is best: the mean over --eval_data, or of one set as NAME/nDCG@10", group="evaluation"
@@ -178,7 +214,10 @@ class Config:
         False, "end with the weights that measured best (kept in --output_dir/best until then)", group="evaluation"
     )
     early_stopping_patience: int | None = option(
-        None, "stop after so many measurements in a row that are not better than the best", group="evaluation"
+        None,
+        "stop after so many measurements in a row that are not better than the best",
+        at_least=1,
+        group="evaluation",
     )
 
     fp16: bool = option(
@@ -213,12 +252,16 @@ class Config:
         group="precision and memory",
     )
     max_tokens_per_micro_batch: int | None = option(
-        None, "padded tokens in one forward pass; default: what suits the device", group="precision and memory"
+        None,
+        "padded tokens in one forward pass; default: what suits the device",
+        at_least=1,
+        group="precision and memory",
     )
     activation_memory_budget: float | None = option(
         None,
         "GB of activations to keep for the backward pass; the rest is computed again, for up to a third more time; "
         "0 keeps none; default: most of the memory that is free",
+        at_least=0,
         group="precision and memory",
     )
     deepspeed: str | None = option(
@@ -230,8 +273,8 @@ class Config:
 
     overwrite_output_dir: bool = option(False, "write into an output folder in use", group="saving and logging")
     save_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to save", group="saving and logging")
-    save_steps: int = option(500, "steps between checkpoints (checkpoint-STEP)", group="saving and logging")
-    save_total_limit: int | None = option(None, "keep the last N checkpoints", group="saving and logging")
+    save_steps: int = option(500, "steps between checkpoints (checkpoint-STEP)", at_least=1, group="saving and logging")
+    save_total_limit: int | None = option(None, "keep the last N checkpoints", at_least=1, group="saving and logging")
     resume_from_checkpoint: str | None = option(
         None,
         "folder of a checkpoint, or `latest`: the last whole one in --output_dir, and afresh where there is none",
@@ -240,7 +283,9 @@ class Config:
     allow_changed_data: bool = option(
         False, "go on although data, seed or batch size are not those of the checkpoint", group="saving and logging"
     )
-    logging_steps: int = option(10, "steps between log lines (FlagEmbedding: 500)", group="saving and logging")
+    logging_steps: int = option(
+        10, "steps between log lines (FlagEmbedding: 500)", at_least=1, group="saving and logging"
+    )
     logging_first_step: bool = option(False, "log the first step too", group="saving and logging")
     report_to: list[str] = option(
         ["none"], "trackers: none, tensorboard, wandb, trackio, all", group="saving and logging"
@@ -285,19 +330,6 @@ class Batch(NamedTuple):
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is loaded or written."""
-    for name in (
-        "train_group_size", "query_max_len", "passage_max_len", "per_device_train_batch_size", "save_steps",
-        "gradient_accumulation_steps", "logging_steps", "max_example_num_per_dataset", "shuffle_buffer_size",
-        "eval_steps",
-    ):  # fmt: skip
-        if getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1")
-    for name in ("learning_rate", "temperature"):
-        if not getattr(cfg, name) > 0:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be above 0")
-    for name in ("max_tokens_per_micro_batch", "pad_to_multiple_of", "save_total_limit", "early_stopping_patience"):
-        if getattr(cfg, name) is not None and getattr(cfg, name) < 1:
-            raise ValueError(f"--{name} is {getattr(cfg, name)}: it has to be at least 1, or left out")
     for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
         if getattr(cfg, name) and not cfg.eval_data:
             raise ValueError(f"--{name} needs --eval_data: there is nothing to measure on")
@@ -305,8 +337,6 @@ def check(cfg: Config) -> None:
         raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has")
     if not cfg.streaming and cfg.stopping_strategy != "repeat":
         raise ValueError(f"--stopping_strategy {cfg.stopping_strategy} is about streams; add --streaming or drop it")
-    if not cfg.sampling_temperature > 0:
-        raise ValueError(f"--sampling_temperature is {cfg.sampling_temperature}: it has to be above 0")
     if (cfg.small_threshold or cfg.drop_threshold) and not cfg.same_dataset_within_batch:
         raise ValueError(
             "--small_threshold and --drop_threshold need --same_dataset_within_batch, else files are one set"
@@ -315,14 +345,10 @@ def check(cfg: Config) -> None:
         raise ValueError(
             "--small_threshold and --drop_threshold need to know how many rows there are: drop --streaming"
         )
-    if cfg.max_steps < 1 and not cfg.num_train_epochs > 0:
-        raise ValueError(f"--num_train_epochs is {cfg.num_train_epochs}: it has to be above 0")
     if cfg.fp16 + cfg.bf16 + cfg.pure_bf16 + (cfg.mixed_precision is not None) > 1:
         raise ValueError("--fp16, --bf16, --pure_bf16 and --mixed_precision exclude each other; give one of them")
     if cfg.torch_compile and cfg.attention == "plain":
         raise ValueError("--attention plain goes text by text, which --torch_compile cannot compile; drop one of them")
-    if cfg.activation_memory_budget is not None and cfg.activation_memory_budget < 0:
-        raise ValueError(f"--activation_memory_budget is {cfg.activation_memory_budget}: it has to be 0 or more")
     if cfg.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("--deepspeed needs `pip install deepspeed`")
     if not cfg.use_inbatch_neg and cfg.negatives_cross_device:
@@ -331,12 +357,6 @@ def check(cfg: Config) -> None:
         raise ValueError("--use_inbatch_neg False with --train_group_size 1 leaves nothing to learn from; raise one")
     if cfg.knowledge_distillation and cfg.train_group_size == 1:
         raise ValueError("--knowledge_distillation compares the passages of a group; raise --train_group_size above 1")
-    if not 0 <= cfg.warmup_ratio <= 1:
-        raise ValueError(f"--warmup_ratio is {cfg.warmup_ratio}: it has to be between 0 and 1")
-    if cfg.warmup_steps < 0:
-        raise ValueError(f"--warmup_steps is {cfg.warmup_steps}: it has to be 0 or more")
-    if not 0 <= cfg.seed < 2**32:
-        raise ValueError(f"--seed is {cfg.seed}: it has to be between 0 and 2**32 - 1")
     for tracker in cfg.report_to:
         if tracker not in ("none", "all", "tensorboard", "wandb", "trackio"):
             raise ValueError(f"--report_to {tracker} is not one of none, tensorboard, wandb, trackio, all")

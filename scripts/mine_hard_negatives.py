@@ -19,6 +19,7 @@ A run that was killed goes on with the same command: what it has done is kept in
 
 import importlib.util
 import json
+import math
 import os
 import shutil
 from array import array
@@ -117,42 +118,52 @@ class Config:
     use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
     trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
     cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
-    max_length: int = option(512, "tokens that a text is cut to, special tokens included", group="model")
+    max_length: int = option(512, "tokens that a text is cut to, special tokens included", at_least=1, group="model")
     embedder_query_max_length: int | None = option(
-        None, "the same for queries; default: --max_length", aliases=["query_max_length"], group="model"
+        None, "the same for queries; default: --max_length", at_least=1, aliases=["query_max_length"], group="model"
     )
     embedder_passage_max_length: int | None = option(
-        None, "the same for passages; default: --max_length", aliases=["passage_max_length"], group="model"
+        None, "the same for passages; default: --max_length", at_least=1, aliases=["passage_max_length"], group="model"
     )
     batch_size: int | None = option(
-        None, "at most so many texts in one forward pass; default: a token budget alone decides", group="model"
+        None,
+        "at most so many texts in one forward pass; default: a token budget alone decides",
+        at_least=1,
+        group="model",
     )
 
     range_for_sampling: str = option(
         "10-210", "A-B: the slice [A:B] of the ranking, 0 the best, after known positives are removed", group="choice"
     )
-    negative_number: int = option(15, "negatives that are mined for a row", group="choice")
+    negative_number: int = option(15, "negatives that are mined for a row", at_least=1, group="choice")
     sampling: Literal["random", "top"] = option("random", "which candidates of the range are taken", group="choice")
-    seed: int = option(42, "of the random draw", group="choice")
-    max_score: float | None = option(None, "drop candidates that score over it", group="choice")
-    min_score: float | None = option(None, "drop candidates that score under it", group="choice")
+    seed: int = option(42, "of the random draw", at_least=0, at_most=2**32 - 1, group="choice")
+    max_score: float | None = option(None, "drop candidates that score over it", above=-math.inf, group="choice")
+    min_score: float | None = option(None, "drop candidates that score under it", above=-math.inf, group="choice")
     absolute_margin: float | None = option(
-        None, "drop candidates that score over the row's lowest positive less this", group="choice"
+        None, "drop candidates that score over the row's lowest positive less this", at_least=0, group="choice"
     )
     relative_margin: float | None = option(
-        None, "the same, less this share of the positive's score: 0.05 drops what is over 95 % of it", group="choice"
+        None,
+        "the same, less this share of the positive's score: 0.05 drops what is over 95 % of it",
+        at_least=0,
+        at_most=1,
+        group="choice",
     )
     max_positive_overlap: float = option(
-        0.8, "drop candidates that share more than this part of their word pairs with a positive; 1: none",
+        0.8,
+        "drop candidates that share more than this part of their word pairs with a positive; 1: none",
+        above=0,
+        at_most=1,
         group="choice",
-    )  # fmt: skip
+    )
     existing_negatives: Literal["replace", "keep"] = option(
         "replace", 'what becomes of "neg" in the input: keep puts the mined ones behind', group="choice"
     )
     fill_random: bool = option(False, "fill a shortfall with random passages of the pool", group="choice")
     drop_rows_without_negatives: bool = option(False, 'else they are written with "neg": []', group="choice")
 
-    search_batch_size: int = option(256, "queries that are searched for at a time", group="search")
+    search_batch_size: int = option(256, "queries that are searched for at a time", at_least=1, group="search")
     index_factory: str = option("Flat", "FAISS index string; Flat is exact", group="search")
     use_gpu_for_searching: bool = option(False, "search on the GPU; without one on the CPU", group="search")
 
@@ -160,18 +171,21 @@ class Config:
         None, "cross-encoder whose scores replace the model's, for filters and --sampling top",
         aliases=["reranker_name_or_path"], group="reranker",
     )  # fmt: skip
-    reranker_max_length: int = option(512, "tokens of a query and a passage together", group="reranker")
+    reranker_max_length: int = option(512, "tokens of a query and a passage together", at_least=16, group="reranker")
     reranker_query_max_length: int | None = option(
-        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", group="reranker"
+        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="reranker"
     )
     reranker_batch_size: int | None = option(
-        None, "at most so many pairs in one forward pass; default: a token budget alone decides", group="reranker"
+        None,
+        "at most so many pairs in one forward pass; default: a token budget alone decides",
+        at_least=1,
+        group="reranker",
     )
     reranker_normalize: bool = option(False, "the reranker's scores between 0 and 1", group="reranker")
 
     write_scores: bool = option(False, 'write "pos_scores" and "neg_scores"', group="output")
     plot: str | None = option(None, "PNG with the distribution of scores (needs matplotlib)", group="output")
-    show: int = option(0, "print so many rows as they came out, like 20", group="output")
+    show: int = option(0, "print so many rows as they came out, like 20", at_least=0, group="output")
 
 
 SAMPLE_LENGTH = 400  # characters of a text that --show prints
@@ -181,19 +195,6 @@ NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "plot", "show", 
 
 def check(cfg: Config) -> Choice:
     """The choice that the settings ask for; raises ValueError for what cannot work, before anything is read."""
-    for name in (
-        "negative_number max_length embedder_query_max_length embedder_passage_max_length batch_size "
-        "search_batch_size reranker_max_length reranker_query_max_length reranker_batch_size"
-    ).split():
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: it has to be at least 1")
-    for name in ("absolute_margin", "relative_margin", "show"):
-        value = getattr(cfg, name)
-        if value is not None and value < 0:
-            raise ValueError(f"--{name} is {value}: it has to be at least 0")
-    if not 0 < cfg.max_positive_overlap <= 1:
-        raise ValueError(f"--max_positive_overlap is {cfg.max_positive_overlap}: it has to be above 0, and at most 1")
     if cfg.min_score is not None and cfg.max_score is not None and cfg.min_score > cfg.max_score:
         raise ValueError(f"--min_score {cfg.min_score} is above --max_score {cfg.max_score}: nothing would be left")
     if cfg.use_fp16 and cfg.use_bf16:

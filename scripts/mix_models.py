@@ -26,6 +26,7 @@ Tokenizer, pooling, prompts and configuration are the first model's (of checkpoi
 """
 
 import importlib.util
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -45,31 +46,42 @@ class Config:
         "encoder", "what kind of models they are", group="models"
     )
     run_dir: str | None = option(None, "folder with checkpoint-STEP folders, in place of models", group="models")
-    last_checkpoints: int | None = option(None, "average so many of the run's last checkpoints", group="models")
+    last_checkpoints: int | None = option(
+        None, "average so many of the run's last checkpoints", at_least=1, group="models"
+    )
     trust_remote_code: bool = option(False, "run code that comes with the models", group="models")
     cache_dir: str | None = option(None, "where models from the hub are kept", group="models")
 
-    weights: list[float] | None = option(None, "one for each model; they have to sum to 1", group="given weights")
+    weights: list[float] | None = option(
+        None, "one for each model; they have to sum to 1", above=-math.inf, group="given weights"
+    )
     normalize: bool = option(False, "divide the weights by their sum", group="given weights")
 
     example_data: list[str] | None = option(
         None, 'files of rows {"query", "pos", "neg"}, of decoders {"input", "output"}', group="weights from examples"
     )
     temperature: float = option(
-        5.0, "the losses are divided by it; a lower one makes the weights differ more", group="weights from examples"
+        5.0,
+        "the losses are divided by it; a lower one makes the weights differ more",
+        above=0,
+        group="weights from examples",
     )
 
     objective: Literal["loss", "ndcg@10"] | None = option(
         None, "what a model is judged by; default: loss for examples, ndcg@10 for a search", group="examples and search"
     )
-    batch_size: int = option(2, "examples whose loss is taken together", group="examples and search")
-    max_input_length: int = option(2048, "tokens that a text is cut to", group="examples and search")
-    neg_number: int = option(7, "negatives drawn for a query", group="examples and search")
-    seed: int = option(42, "of the draw of negatives", group="examples and search")
+    batch_size: int = option(2, "examples whose loss is taken together", at_least=1, group="examples and search")
+    max_input_length: int = option(2048, "tokens that a text is cut to", at_least=1, group="examples and search")
+    neg_number: int = option(7, "negatives drawn for a query", at_least=0, group="examples and search")
+    seed: int = option(42, "of the draw of negatives", at_least=0, at_most=2**32 - 1, group="examples and search")
 
     search: bool = option(False, "try weights along the line from the first model to the second", group="search")
-    search_steps: int = option(10, "steps from base to tuned: 10 tries 0, 0.1, ..., 1", group="search")
-    max_drop: float = option(0.0, "how much the score on the guard set may fall below the base's", group="search")
+    search_steps: int = option(
+        10, "steps from base to tuned: 10 tries 0, 0.1, ..., 1", at_least=1, at_most=1000, group="search"
+    )
+    max_drop: float = option(
+        0.0, "how much the score on the guard set may fall below the base's", at_least=0, group="search"
+    )
     dev_data: list[str] | None = option(None, 'the set to be best on: files of rows {"query", "pos"}', group="search")
     dev_corpus: list[str] | None = option(None, "or its passages, as evaluate_retrieval.py takes them", group="search")
     dev_queries: list[str] | None = option(None, "its queries", group="search")
@@ -128,8 +140,6 @@ def check(cfg: Config) -> str:
 def check_search(cfg: Config) -> None:
     if len(cfg.model_names_or_paths or []) != 2:
         raise ValueError("--search goes from a base to a tuned model: --model_names_or_paths needs these two")
-    if cfg.search_steps < 1 or not cfg.max_drop >= 0:
-        raise ValueError("--search_steps has to be at least 1, and --max_drop at least 0")
     for kind in ("dev", "guard"):
         data, corpus, queries, qrels = (
             getattr(cfg, f"{kind}_{name}") for name in ("data", "corpus", "queries", "qrels")

@@ -79,13 +79,13 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
     cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
     reranker_max_length: int = option(
-        512, "tokens of a query and a passage together", aliases=["max_length"], group="model"
+        512, "tokens of a query and a passage together", at_least=16, aliases=["max_length"], group="model"
     )
     reranker_query_max_length: int | None = option(
-        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", group="model"
+        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="model"
     )
     reranker_batch_size: int | None = option(
-        None, "at most so many pairs in one forward pass; default: a token budget alone decides",
+        None, "at most so many pairs in one forward pass; default: a token budget alone decides", at_least=1,
         aliases=["batch_size"], group="model",
     )  # fmt: skip
     normalize: bool = option(False, "scores between 0 and 1, by the logistic function", group="model")
@@ -93,10 +93,6 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is read."""
-    for name in ("reranker_max_length", "reranker_query_max_length", "reranker_batch_size"):
-        value = getattr(cfg, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} is {value}: it has to be at least 1")
     if cfg.use_fp16 and cfg.use_bf16:
         raise ValueError("--use_fp16 and --use_bf16 exclude each other; give one of them")
     check_model_path("--reranker_name_or_path", cfg.reranker_name_or_path)

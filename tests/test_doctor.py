@@ -305,8 +305,8 @@ def test_pooling_other_than_the_models(diagnose: Diagnose, tiny_model: str, tmp_
 
 
 def test_what_finetune_refuses(diagnose: Diagnose) -> None:
-    found = the_only(diagnose(save_steps=0), "settings_refused", "error")
-    assert "--save_steps is 0" in found["seen"]
+    found = the_only(diagnose(load_best_model_at_end=True), "settings_refused", "error")
+    assert "--load_best_model_at_end needs --eval_data" in found["seen"]
     assert "takes 128 at most" in the_only(diagnose(passage_max_len=512), "model_refused", "error")["seen"]
     assert "no such file" in the_only(diagnose(train_data=["nowhere.jsonl"]), "data_refused", "error")["seen"]
 

@@ -219,7 +219,7 @@ def test_non_finite_loss_stops_with_step_and_rows(tmp_path: Path, tiny_model: st
     data = write_rows(tmp_path / "rows.jsonl", 12)
     result = run_script(
         *("finetune.py", "--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out"),
-        *("--learning_rate", 1e30, "--max_grad_norm", 0, "--per_device_train_batch_size", 4, "--warmup_ratio", 0),
+        *("--temperature", 1e-40, "--per_device_train_batch_size", 4, "--warmup_ratio", 0),
         status=1,
     )
     assert "the loss is nan on the rows" in result.stderr and "rows.jsonl:" in result.stderr
@@ -263,7 +263,7 @@ def test_bad_input_is_reported_before_anything_is_loaded_or_written(
         (["--output_dir", "used"], "--output_dir used is in use"),
         (["--model_name_or_path", "./no_model"], "--model_name_or_path ./no_model is not a folder"),
         (["--learning_rate", "fast"], "'fast' is not a number"),
-        (["--per_device_train_batch_size", "0"], "it has to be at least 1"),
+        (["--per_device_train_batch_size", "0"], "it has to be between 1 and 1000000"),
         (["--fp16", "--bf16"], "exclude each other"),
         (["--fsdp", "full_shard"], "--fsdp is not available: say so to `accelerate launch`"),
         (["--lr_scheduler_type", "steep"], "'steep' is not one of linear"),

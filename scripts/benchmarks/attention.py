@@ -21,11 +21,11 @@ from bge_accel.cpu_attention import attend
 class Config:
     """Shapes; by default those of all-MiniLM-L6-v2."""
 
-    num_heads: int = option(12, "heads of a layer")
-    head_dim: int = option(32, "numbers of a head")
-    lengths: list[int] = option([16, 32, 64, 128, 256, 512], "tokens of a text")
-    num_tokens: int = option(2048, "tokens of a micro-batch")
-    repetitions: int = option(7, "measurements of each")
+    num_heads: int = option(12, "heads of a layer", at_least=1)
+    head_dim: int = option(32, "numbers of a head", at_least=1)
+    lengths: list[int] = option([16, 32, 64, 128, 256, 512], "tokens of a text", at_least=1)
+    num_tokens: int = option(2048, "tokens of a micro-batch", at_least=1)
+    repetitions: int = option(7, "measurements of each", at_least=1)
 
 
 def milliseconds(cfg: Config, length: int, dtype: torch.dtype, dropout: float, ours: bool) -> float:

@@ -54,7 +54,7 @@ class Config:
         "comparisons whose name begins so; what else --output_dir holds of the same machine and versions stays; "
         "default: all",
     )
-    rounds: int = option(3, "measurements of each tool")
+    rounds: int = option(3, "measurements of each tool", at_least=1)
     output_dir: str = option("outputs/bench", "benchmarks.json, benchmarks.md")
     check: str | None = option(None, "instead of measuring: benchmarks.json that --results is compared with")
     results: str = option("outputs/bench/benchmarks.json", "with --check: what was measured now")

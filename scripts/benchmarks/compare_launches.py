@@ -42,9 +42,9 @@ class Config:
 
     model_name_or_path: str = required("folder or hub name of the encoder")
     train_data: list[str] = required("rows to train on")
-    num_processes: int = option(1, "GPUs")
-    steps: int = option(50, "optimiser steps")
-    global_batch_size: int = option(64, "queries in a step, over all processes")
+    num_processes: int = option(1, "GPUs", at_least=1)
+    steps: int = option(50, "optimiser steps", at_least=1)
+    global_batch_size: int = option(64, "queries in a step, over all processes", at_least=1)
     cases: list[str] = option([name for name in CASES if not name.startswith("cpu")], f"any of {', '.join(CASES)}")
 
 

@@ -29,8 +29,8 @@ class Config:
 
     model_name_or_path: str = required("folder or hub name of a small encoder")
     folder: str = required("empty folder for rows, checked copy and output; some 300 bytes a row")
-    rows: int = option(10_000_000, "rows to write")
-    late_step: int = option(100_000, "the step to resume at, beside step 10")
+    rows: int = option(10_000_000, "rows to write", at_least=1)
+    late_step: int = option(100_000, "the step to resume at, beside step 10", at_least=1)
 
 
 def write_rows(path: str, count: int) -> None:

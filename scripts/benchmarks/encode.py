@@ -38,9 +38,9 @@ class Config:
 
     model_name_or_path: str = required("folder or hub name of an encoder")
     corpus_data: list[str] = required('files of passages {"content" or "text"}')
-    num_texts: int = option(2000, "texts drawn at random from the corpus, in random order")
-    max_length: int = option(256, "tokens that a text is cut to")
-    rounds: int = option(3, "times that each is measured")
+    num_texts: int = option(2000, "texts drawn at random from the corpus, in random order", at_least=1)
+    max_length: int = option(256, "tokens that a text is cut to", at_least=1)
+    rounds: int = option(3, "times that each is measured", at_least=1)
     precisions: list[str] = option(["fp32", "bf16", "default"], "which to measure")
 
 

@@ -21,8 +21,8 @@ from bge_accel.config import option, parse_config
 class Config:
     """What to time."""
 
-    tokens: list[int] = option([512, 2048], "rows of a product")
-    rounds: int = option(25, "runs of each, in turns")
+    tokens: list[int] = option([512, 2048], "rows of a product", at_least=1)
+    rounds: int = option(25, "runs of each, in turns", at_least=1)
 
 
 def rates(cfg: Config, tokens: int, width: int, out: int) -> list[float]:

@@ -14,9 +14,9 @@ from bge_accel.config import option, parse_config
 class Config:
     """The size of the loss."""
 
-    queries: int = option(32768, "rows of the score matrix")
-    passages: int = option(65536, "columns; a multiple of the queries")
-    dim: int = option(384, "length of an embedding")
+    queries: int = option(32768, "rows of the score matrix", at_least=1)
+    passages: int = option(65536, "columns; a multiple of the queries", at_least=1)
+    dim: int = option(384, "length of an embedding", at_least=1)
 
 
 def main(cfg: Config) -> None:

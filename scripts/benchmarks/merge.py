@@ -32,10 +32,10 @@ TOOLS = {"bge_accel": None, "move": None, "copy": None, "LM_Cocktail": "LM_Cockt
 class Config:
     """What to measure."""
 
-    num_models: list[int] = option([2, 4, 8], "models that are merged")
-    gigabytes: float = option(1.3, "size of each model")
+    num_models: list[int] = option([2, 4, 8], "models that are merged", at_least=2)
+    gigabytes: float = option(1.3, "size of each model", above=0)
     dtype: Literal["float32", "bfloat16", "float16"] = option("float32", "of the models")
-    rounds: int = option(2, "times that each is measured; the best counts")
+    rounds: int = option(2, "times that each is measured; the best counts", at_least=1)
     work_dir: str | None = option(None, "where the models are written; default: the system's temporary folder")
     measure: str | None = option(None, "used by the script itself: one measurement, in a process of its own")
 

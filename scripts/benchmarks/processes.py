@@ -33,16 +33,18 @@ ROOT = Path(__file__).resolve().parents[2]
 class Config:
     """What to deal and what to run."""
 
-    deal: list[int] = option([2, 8, 64], "numbers of processes to deal rows to")
-    queries_of_process: list[int] = option([16, 128], "queries on each of these")
-    batches: int = option(20, "global batches to deal")
-    group_size: int = option(8, "passages per query that are dealt")
-    num_processes: list[int] = option([1, 2, 4], "processes to train with; none leaves the second table out")
-    queries: int = option(32, "global batch, with 4 negatives a query")
-    steps: int = option(3, "steps of each training, after a first that is not counted")
-    rounds: int = option(3, "trainings with each number of processes")
-    query_max_len: int = option(64, "tokens that a query is cut to")
-    passage_max_len: int = option(256, "tokens that a passage is cut to")
+    deal: list[int] = option([2, 8, 64], "numbers of processes to deal rows to", at_least=1)
+    queries_of_process: list[int] = option([16, 128], "queries on each of these", at_least=1)
+    batches: int = option(20, "global batches to deal", at_least=1)
+    group_size: int = option(8, "passages per query that are dealt", at_least=1)
+    num_processes: list[int] = option(
+        [1, 2, 4], "processes to train with; none leaves the second table out", at_least=1
+    )
+    queries: int = option(32, "global batch, with 4 negatives a query", at_least=1)
+    steps: int = option(3, "steps of each training, after a first that is not counted", at_least=1)
+    rounds: int = option(3, "trainings with each number of processes", at_least=1)
+    query_max_len: int = option(64, "tokens that a query is cut to", at_least=1)
+    passage_max_len: int = option(256, "tokens that a passage is cut to", at_least=1)
 
 
 def write_rows(folder: Path) -> str:

@@ -21,18 +21,18 @@ class Config:
     """The step and the cluster."""
 
     model: Literal["small", "base", "large", "m3"] = option("base", "shape of bge-small, -base, -large or bge-m3")
-    queries: int = option(128, "queries on each GPU")
-    group_size: int = option(8, "passages per query")
-    query_tokens: int = option(16, "mean length of a query")
-    passage_tokens: int = option(160, "mean length of a passage")
-    gpus: list[int] = option([1, 8, 64, 512], "in all; 8 in a machine")
+    queries: int = option(128, "queries on each GPU", at_least=1)
+    group_size: int = option(8, "passages per query", at_least=1)
+    query_tokens: int = option(16, "mean length of a query", at_least=1)
+    passage_tokens: int = option(160, "mean length of a passage", at_least=1)
+    gpus: list[int] = option([1, 8, 64, 512], "in all; 8 in a machine", at_least=1)
     tflops: float = option(
-        400, "1e12 operations a second of the encoder in bfloat16 on one GPU: 40 % of an H100's peak"
+        400, "1e12 operations a second of the encoder in bfloat16 on one GPU: 40 % of an H100's peak", above=0
     )
-    loss_tflops: float = option(45, "the same of float32 products, in which the loss is computed")
-    nvlink: float = option(300, "GB/s of a collective for each GPU within a machine")
-    network: float = option(40, "GB/s of a collective for each GPU between machines (400 Gbit/s a GPU)")
-    latency: float = option(30, "microseconds of a collective, for each doubling of the GPUs")
+    loss_tflops: float = option(45, "the same of float32 products, in which the loss is computed", above=0)
+    nvlink: float = option(300, "GB/s of a collective for each GPU within a machine", above=0)
+    network: float = option(40, "GB/s of a collective for each GPU between machines (400 Gbit/s a GPU)", above=0)
+    latency: float = option(30, "microseconds of a collective, for each doubling of the GPUs", at_least=0)
 
 
 @dataclass

@@ -27,12 +27,12 @@ from bge_accel.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
 class Config:
     """What to measure."""
 
-    passages: int = option(200_000, "vectors in the corpus")
-    queries: int = option(1000, "vectors to search for")
-    dim: int = option(384, "numbers in a vector")
-    k: int = option(100, "passages found for each query")
+    passages: int = option(200_000, "vectors in the corpus", at_least=1)
+    queries: int = option(1000, "vectors to search for", at_least=1)
+    dim: int = option(384, "numbers in a vector", at_least=1)
+    k: int = option(100, "passages found for each query", at_least=1)
     dtype: Literal["float16", "float32"] = option("float32", "of the store")
-    rounds: int = option(3, "times that each is measured; the best counts")
+    rounds: int = option(3, "times that each is measured; the best counts", at_least=1)
     skip_faiss: bool = option(False, "measure the block search alone, where the corpus does not fit the memory")
     folder: str | None = option(None, "where the store is written; default: a temporary folder")
 

@@ -21,10 +21,10 @@ class Config:
     """What to measure."""
 
     model_name_or_path: str = required("folder or hub name of the encoder")
-    batches: list[int] = option([32, 128, 512, 2048, 4096], "queries in a step")
-    length: int = option(64, "tokens of each text")
-    budget_gb: float = option(0.0, "activations to keep, in GB; 0 recomputes all")
-    single: int | None = option(None, "measure this size alone and print JSON")
+    batches: list[int] = option([32, 128, 512, 2048, 4096], "queries in a step", at_least=1)
+    length: int = option(64, "tokens of each text", at_least=1)
+    budget_gb: float = option(0.0, "activations to keep, in GB; 0 recomputes all", at_least=0)
+    single: int | None = option(None, "measure this size alone and print JSON", at_least=1)
 
 
 def measure(cfg: Config, size: int) -> dict:

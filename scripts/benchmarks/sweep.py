@@ -61,7 +61,7 @@ class Config:
     model_name_or_path: str | None = option(None, "encoder to start from; default: the packaged all-MiniLM-L6-v2")
     output_dir: str = option("outputs/sweep", "data, models, rankings, sweep.json")
     only: list[str] = option([], "runs whose name begins so, and the first; default: all")
-    threads: int | None = option(None, "of each command; default: torch's own choice")
+    threads: int | None = option(None, "of each command; default: torch's own choice", at_least=1)
 
 
 def run(cfg: Config, script: str, *arguments: object) -> None:
