@@ -68,6 +68,7 @@ from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_
 ROWS_PER_CHUNK = 256  # mined together, and lost by a kill
 TEXTS_PER_SHARD = 4096  # of the pool, encoded together, and lost by a kill
 ROWS_IN_HISTOGRAM = 200_000
+MANY_WITHOUT = 0.3  # of the rows without a negative: the settings hardly suit the pool
 _ICL = Refusal("in-context examples belong to decoders; only encoders are used here", ("{}{}", "None"))
 REFUSED = {
     "devices": Refusal("choose by CUDA_VISIBLE_DEVICES; for several start with torchrun or `accelerate launch`", ("None",)),
@@ -188,6 +189,10 @@ class Config:
     show: int = option(0, "print so many rows as they came out, like 20", at_least=0, group="output")
 
 
+WAY_OUT = (
+    "begin --range_for_sampling lower, loosen the limits of scores and --max_positive_overlap, give more passages by "
+    "--candidate_pool, or add --fill_random"
+)
 SAMPLE_LENGTH = 400  # characters of a text that --show prints
 NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "plot", "show", "drop_rows_without_negatives",
                       "write_scores", "input_file", "candidate_pool", "save_path")  # fmt: skip
@@ -251,6 +256,11 @@ def main(cfg: Config) -> None:
     # ---- models
     try:
         with user_errors():
+            if choice.start >= len(pool) and not choice.fill_random:
+                raise ValueError(
+                    f"--range_for_sampling {cfg.range_for_sampling} begins behind the {len(pool):,} passages of the pool: no row "
+                    "would get a negative; begin lower, or give more passages by --candidate_pool"
+                )
             device = default_device()
             if device.type == "cuda" and processes.world > 1:
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -380,12 +390,21 @@ def main(cfg: Config) -> None:
     processes.wait()
 
     # ---- write the rows and say what was done
-    if processes.rank == 0:
-        with user_errors():
-            summary = write_output(cfg, pool, work, [part_name(work, number) for number in range(len(starts))])
+    def finish() -> None:
+        try:
+            summary, num_without = write_output(
+                cfg, pool, work, [part_name(work, number) for number in range(len(starts))]
+            )
+        except ValueError:  # of no use to another run
+            shutil.rmtree(work)
+            raise
         print(summary, flush=True)
+        if num_without >= MANY_WITHOUT * len(rows):
+            warn(f"{num_without:,} of {len(rows):,} rows have no negatives; {WAY_OUT}")
         shutil.rmtree(work)
-    processes.wait()
+
+    with user_errors():
+        processes.on_first(finish)
 
 
 # ---- what is kept until the end
@@ -504,8 +523,15 @@ def write_part(
 # ---- the output
 
 
-def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -> str:
-    """Reads the input again, line by line, puts the negatives in, and gives the summary."""
+def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -> tuple[str, int]:
+    """Reads the input again, line by line, and puts the negatives in.
+
+    Returns:
+        The summary, and how many rows have no negatives.
+
+    Raises:
+        ValueError: no row got a negative, or the input has changed; then nothing is written.
+    """
     num_rows = len(np.load(os.path.join(work, "query_keys.npy"), mmap_mode="r"))
     shown = {i * num_rows // cfg.show for i in range(cfg.show)}
     stride = -(-num_rows // ROWS_IN_HISTOGRAM)
@@ -551,6 +577,11 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
                     continue
             new = new_row(row, negatives, (record["pos_scores"], scores) if cfg.write_scores else None)
             file.write(json.dumps(new, ensure_ascii=False) + "\n")
+        if not counts["mined"] + counts["filled"]:
+            why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.most_common(3))
+            raise ValueError(
+                f"no row got a negative (candidates dropped: {why or 'none'}), nothing is written; {WAY_OUT}"
+            )
     with atomic_file(f"{cfg.output_file}.config.yaml") as file:
         file.write(to_yaml(cfg))
     scores_found = np.array(pos_scores), np.array(neg_scores)
@@ -563,7 +594,7 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
         plot_histogram(f"{cfg.plot}.incomplete", *scores_found)
         os.replace(f"{cfg.plot}.incomplete", cfg.plot)
     outputs = [cfg.output_file, f"{cfg.output_file}.config.yaml", *([cfg.plot] if cfg.plot else [])]
-    return "\n\n".join([*samples, text, f"wrote {', '.join(outputs)}"])
+    return "\n\n".join([*samples, text, f"wrote {', '.join(outputs)}"]), len(without)
 
 
 def summarize(

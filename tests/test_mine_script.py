@@ -164,11 +164,32 @@ def test_keep_fill_and_rows_without_negatives(tmp_path, tiny_model):
     assert_clean(mined)
     assert [len(row["neg"]) for row in mined] == [4, 4, 4, 4, 4, 4]
 
-    text = mine(tmp_path, tiny_model, *args, "--max_score", -1).ends()
+
+def test_rows_without_negatives_are_said_last_and_a_run_without_any_is_an_error(tmp_path, tiny_model):
+    """Five passages that answer all queries but the last; a sixth that nobody answers with."""
+    texts = [f"king {i} story" for i in range(6)]
+    queries = [{"query": f"who {i}", "pos": texts if i < 5 else texts[:2]} for i in range(6)]
+    write(tmp_path / "toy.jsonl", queries)
+    args = ("--range_for_sampling", "0-2", "--negative_number", 2)
+    text = mine(tmp_path, tiny_model, *args).ends()
     assert 'have no negatives and are written with "neg": []: toy.jsonl:1, toy.jsonl:2' in text
-    assert [row["neg"] for row in read(tmp_path / "mined.jsonl")] == [[]] * 6
-    text = mine(tmp_path, tiny_model, *args, "--max_score", -1, "--fill_random", "--drop_rows_without_negatives").ends()
-    assert "6 rows, 0 written" in text and read(tmp_path / "mined.jsonl") == []
+    assert text.splitlines()[-1].startswith("warning: 5 of 6 rows have no negatives; begin --range_for_sampling lower")
+    assert [len(row["neg"]) for row in read(tmp_path / "mined.jsonl")] == [0] * 5 + [2]
+    text = mine(tmp_path, tiny_model, *args, "--drop_rows_without_negatives").ends()
+    assert "6 rows, 1 written" in text and len(read(tmp_path / "mined.jsonl")) == 1
+
+    write(tmp_path / "one.jsonl", [queries[0], *queries[5:] * 4])  # a fifth of the rows
+    text = mine(tmp_path, tiny_model, *args, name="one.jsonl").ends()
+    assert "1 rows have no negatives" in text and "warning" not in text
+
+    before = sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("job-"))
+    for flags, expected in (
+        (("--max_score", -1), "no row got a negative (candidates dropped: "),
+        (("--range_for_sampling", "100-200"), "--range_for_sampling 100-200 begins behind the 6 passages of the pool"),
+    ):
+        text = mine(tmp_path, tiny_model, *args, *flags, output="none.jsonl", processes=2).ends(2)
+        assert f"error: {expected}" in text and "Traceback" not in text
+        assert sorted(path.name for path in tmp_path.iterdir() if not path.name.startswith("job-")) == before
 
 
 def test_killed_and_resumed_gives_the_same_bytes(tmp_path, tiny_model):
