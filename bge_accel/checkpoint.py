@@ -5,6 +5,7 @@ generators and the position. `training_state/manifest.json` has the size and SHA
 one is known. Nothing in it is pickled, save what DeepSpeed's engine writes for itself.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,13 @@ if TYPE_CHECKING:
 
 STATE = "training_state"
 MANIFEST = os.path.join(STATE, "manifest.json")
+BEST = "best"
+"""Name of the folder in a run's folder that holds the best weights so far."""
+LAST = ".last"
+"""Name of the folder in which the last weights are written, before they become the run's model."""
+SAVED = "saved_model.json"
+"""Name of the file in a saved model that says which step's it is, and what its weights have to be."""
+_MOVING = ".moving"
 REQUEUE = "requeue"
 """Name of the file in a run's folder that says: stopped by a signal, to be continued."""
 
@@ -62,14 +70,25 @@ def atomic_folder(path: str) -> Iterator[str]:
 
 
 def move_into(source: str, target: str) -> None:
-    """Moves every entry of one folder into another on the same disk, replacing what has the same name.
+    """Moves every entry of one folder into another above it, replacing what has the same name.
 
-    Weights that stood there go first and the new ones come last, so that a folder that loads is whole.
+    Weights that stood there go first and the new ones come last, so that a folder that loads is whole. Killed on the
+    way, it is finished by `finish_move`.
     """
-    os.makedirs(target, exist_ok=True)
+    if not os.listdir(source):  # before anything is removed
+        raise FileNotFoundError(errno.ENOENT, "there is nothing to move", source)
     for name in os.listdir(target):
         if name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model"):
             os.remove(os.path.join(target, name))
+    os.rename(source, os.path.join(target, _MOVING))
+    finish_move(target)
+
+
+def finish_move(target: str) -> None:
+    """Moves in what a killed `move_into` has left outside."""
+    source = os.path.join(target, _MOVING)
+    if not os.path.isdir(source):
+        return
     for name in sorted(os.listdir(source), key=lambda name: (".safetensors" in name, name)):
         destination = os.path.join(target, name)
         if os.path.isdir(destination):
@@ -118,32 +137,39 @@ def remove_checkpoint(path: str) -> None:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Removes what a killed run left half-written or half-removed."""
+    """Removes what a killed run left half-written or half-removed, and moves in what it left half-moved."""
+    finish_move(folder)
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
-        if re.fullmatch(r"checkpoint-\d+\.(incomplete|removed)|\.incomplete", name):
+        if re.fullmatch(rf"(checkpoint-\d+|{BEST}|{re.escape(LAST)})\.(incomplete|removed)|{re.escape(LAST)}", name):
             shutil.rmtree(os.path.join(folder, name))
 
 
 def write_manifest(folder: str) -> None:
     """Notes the size and SHA-256 of every file of a checkpoint; written last."""
-    names = [os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files]
-    files = {}
-    for name in sorted(names):
-        path = os.path.join(folder, name)
-        files[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
+    files = _digests(folder, _files(folder))
     with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
         json.dump({"files": files}, file, indent=1)
 
 
-def what_is_damaged(folder: str) -> str | None:
+def _files(folder: str) -> list[str]:
+    names = [os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files]
+    return sorted(names)
+
+
+def _digests(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    paths = {name: os.path.join(folder, name) for name in names}
+    return {name: {"bytes": os.path.getsize(path), "sha256": _sha256(path)} for name, path in paths.items()}
+
+
+def what_is_damaged(folder: str, manifest: str = MANIFEST) -> str | None:
     """What is wrong with a checkpoint, or None if every file is there and holds what was written."""
     try:
-        if not os.path.exists(os.path.join(folder, MANIFEST)):
-            return f"{MANIFEST} is missing: it is no checkpoint to continue from, or its copy is incomplete"
-        files = load_json(os.path.join(folder, MANIFEST))["files"]
+        if not os.path.exists(os.path.join(folder, manifest)):
+            return f"{manifest} is missing: it is no checkpoint to continue from, or its copy is incomplete"
+        files = load_json(os.path.join(folder, manifest))["files"]
         for name, expected in files.items():
             if not is_inside(name):
-                return f"{MANIFEST} names {shorten(name)}, which is not inside the checkpoint"
+                return f"{manifest} names {shorten(name)}, which is not inside the checkpoint"
             path = os.path.join(folder, name)
             if not os.path.isfile(path):
                 return f"{name} is missing"
@@ -152,7 +178,7 @@ def what_is_damaged(folder: str) -> str | None:
             if _sha256(path) != expected["sha256"]:
                 return f"{name} does not hold what was written (its SHA-256 differs)"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({error})"
+        return f"{manifest} cannot be read ({error})"
     return None
 
 
@@ -187,6 +213,57 @@ def choose_checkpoint(asked: str, output_dir: str, say: Callable[[str], None]) -
     if found:
         raise ValueError(f"every checkpoint in {output_dir} is damaged; move them away to start afresh")
     return None
+
+
+# ---- saved models
+
+
+def note_saved(folder: str, step: int) -> None:
+    """Notes in a saved model which step's it is; written last."""
+    names = [name for name in _files(folder) if name != SAVED]
+    is_weights = {name: ".safetensors" in name for name in names}
+    content = {
+        "step": step,
+        "files": _digests(folder, (name for name in names if is_weights[name])),
+        "others": [name for name in names if not is_weights[name]],
+    }
+    with open(os.path.join(folder, SAVED), "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+
+
+def keep_best(step: int, checkpoint: str, output_dir: str) -> bool:
+    """Sees to it that `BEST` in a run's folder holds the model of a step; whether it does.
+
+    Where it is not there it is copied from the run of the checkpoint: its best model, its checkpoint of that step, or the
+    model that it ended with.
+    """
+    run, target = os.path.dirname(os.path.abspath(checkpoint)), os.path.join(output_dir, BEST)
+    if _files_of_model(target, step):
+        return True
+    for source in (os.path.join(run, BEST), os.path.join(run, f"checkpoint-{step}"), run):
+        if names := _files_of_model(source, step):
+            with atomic_folder(target) as folder:
+                for name in names:
+                    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
+                    shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
+                note_saved(folder, step)
+            return True
+    return False
+
+
+def _files_of_model(folder: str, step: int) -> list[str]:
+    """Names of the files of the model of a step; none where the folder does not hold it whole."""
+    if what_is_damaged(folder) is None:  # a checkpoint, whose name says its step
+        files = load_json(os.path.join(folder, MANIFEST))["files"]
+        return [name for name in files if not name.startswith(f"{STATE}/")]
+    if what_is_damaged(folder, SAVED) is not None:
+        return []
+    saved = load_json(os.path.join(folder, SAVED))
+    others = saved.get("others")
+    is_whole = isinstance(others, list) and all(
+        isinstance(name, str) and is_inside(name) and os.path.isfile(os.path.join(folder, name)) for name in others
+    )
+    return [*saved["files"], *others] if is_whole and saved["files"] and saved.get("step") == step else []
 
 
 # ---- the state of training

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from bge_accel.checkpoint import atomic_folder, find_checkpoints
+from bge_accel.checkpoint import SAVED, atomic_folder, find_checkpoints
 from bge_accel.encoding import prefetch
 from bge_accel.jobs import progress
 from bge_accel.merge_plan import (
@@ -52,7 +52,7 @@ TOLERANCE = 1e-3  # how far from 1 the sum of the weights may be
 _SLICE = 2**18  # elements that are averaged at a time
 _READ_AHEAD = 2  # slices
 # Of a run, not of a model.
-_NOT_COPIED = ("README.md", "run_config.yaml", "train_log.jsonl", "trainer_state.json", RECIPE)
+_NOT_COPIED = ("README.md", "run_config.yaml", "train_log.jsonl", "trainer_state.json", SAVED, RECIPE)
 
 
 def known_arguments(function: Callable[P, R]) -> Callable[P, R]:

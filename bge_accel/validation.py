@@ -123,6 +123,10 @@ class Best:
         if name and name not in names:
             raise ValueError(f"--metric_for_best_model {metric}: --eval_data has no {name!r}, but {', '.join(names)}")
         self.names, self.metric = [name] if name else list(names), known[wanted.lower()]
+        self.forget()
+
+    def forget(self) -> None:
+        """As if nothing had been measured yet."""
         self.value: float | None = None
         self.step, self.last_step, self.waited = 0, -1, 0
 

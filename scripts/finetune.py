@@ -22,7 +22,6 @@ import json
 import math
 import os
 import resource
-import shutil
 import signal
 import sys
 import time
@@ -35,10 +34,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from bge_accel.checkpoint import REQUEUE, STATE, StopSignals, find_checkpoints, interruptible
+from bge_accel.checkpoint import BEST, LAST, REQUEUE, STATE, StopSignals, find_checkpoints, interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
-from bge_accel.jobs import leave_processes, progress
+from bge_accel.jobs import from_first, leave_processes, progress
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
     from bge_accel.streaming import RowStream
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
-
-BEST = "best"  # folder of the best weights so far, inside --output_dir
 
 
 @dataclass(kw_only=True)
@@ -488,9 +485,10 @@ def main(cfg: Config) -> int:
         atomic_folder,
         choose_checkpoint,
         differences,
-        flush_tree,
+        keep_best,
         load_optimizer_tensors,
         move_into,
+        note_saved,
         optimizer_tensors,
         random_state,
         read_optimizer,
@@ -909,6 +907,16 @@ def main(cfg: Config) -> int:
             os.remove(os.path.join(cfg.output_dir, REQUEUE))
         with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
             file.write(to_yaml(without_secrets(cfg)))
+    if best is not None and best.value is not None and cfg.load_best_model_at_end:
+        kept = best.value, best.step
+        with saving_errors(step):
+            is_kept = from_first(lambda: keep_best(kept[1], checkpoint, cfg.output_dir))
+        if not is_kept:
+            best.forget()
+            say(
+                f"warning: the best {best.metric} so far was {kept[0]:.4f}, but the weights of step {kept[1]} are not there "
+                "any more; what is best is decided among the measurements from here on"
+            )
     trackers = cfg.report_to != ["none"]
     if trackers:
         names = {tracker: {"name": cfg.run_name} for tracker in ("wandb", "trackio") if cfg.run_name}
@@ -1021,22 +1029,20 @@ def main(cfg: Config) -> int:
                 remove_checkpoint(path)
         accelerator.wait_for_everyone()
 
-    def save_model(step: int, folder: str) -> None:
-        """The model as it is, complete or not at all; what else the folder holds stays."""
+    def save_model(step: int, name: str) -> None:
+        """The model as it is, in a folder inside the run's, complete or not at all."""
         weights = whole_state_dict(accelerator, model) if is_sharded else None
         if is_main:
-            aside = os.path.join(cfg.output_dir, ".incomplete")
-            shutil.rmtree(aside, ignore_errors=True)
-            save_encoder(
-                aside,
-                encoder,
-                tokenizer,
-                settings,
-                state_dict=weights,
-                model_card=card_of(cfg, settings, num_rows, step, license, measured),
-            )
-            flush_tree(aside)
-            move_into(aside, folder)
+            with atomic_folder(os.path.join(cfg.output_dir, name)) as folder:
+                save_encoder(
+                    folder,
+                    encoder,
+                    tokenizer,
+                    settings,
+                    state_dict=weights,
+                    model_card=card_of(cfg, settings, num_rows, step, license, measured),
+                )
+                note_saved(folder, step)
         accelerator.wait_for_everyone()
 
     encoding = EncodingSettings(
@@ -1067,7 +1073,7 @@ def main(cfg: Config) -> int:
             accelerator.log(figures | {"eval/seconds": seconds}, step=step)
         if is_best and cfg.load_best_model_at_end:
             with saving_errors(step):
-                save_model(step, os.path.join(cfg.output_dir, BEST))
+                save_model(step, BEST)
         window.start += time.perf_counter() - started  # rates are those of training
 
     # ---- the loop
@@ -1245,12 +1251,13 @@ def main(cfg: Config) -> int:
     else:
         with saving_errors(step):
             if best is not None and cfg.load_best_model_at_end:
-                if is_main:
-                    move_into(os.path.join(cfg.output_dir, BEST), cfg.output_dir)
-                accelerator.wait_for_everyone()
                 say(f"the best {best.metric} was {best.value:.4f}, after step {best.step}")
             else:
-                save_model(step, cfg.output_dir)
+                save_model(step, LAST)
+            if is_main:
+                name = BEST if cfg.load_best_model_at_end else LAST
+                move_into(os.path.join(cfg.output_dir, name), cfg.output_dir)
+            accelerator.wait_for_everyone()
         say(f"saved {cfg.output_dir}")
     if log_file is not None:
         log_file.close()

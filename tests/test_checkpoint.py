@@ -27,8 +27,10 @@ from bge_accel.checkpoint import (
     differences,
     find_checkpoints,
     interruptible,
+    keep_best,
     load_optimizer_tensors,
     move_into,
+    note_saved,
     optimizer_tensors,
     random_state,
     read_state,
@@ -165,8 +167,23 @@ def test_a_checkpoint_is_whole_or_absent_wherever_the_process_is_killed(tmp_path
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
-    ours = ["checkpoint-3.incomplete", "checkpoint-12.removed", ".incomplete"]
-    others = ["checkpoint-3", "checkpoint-x.removed", "notes.incomplete", "checkpoint-3.incomplete.bak", "1_Pooling"]
+    ours = [
+        "checkpoint-3.incomplete",
+        "checkpoint-12.removed",
+        "best.incomplete",
+        "best.removed",
+        ".last",
+        ".last.incomplete",
+    ]
+    others = [
+        "checkpoint-3",
+        "best",
+        "last",
+        "checkpoint-x.removed",
+        "notes.incomplete",
+        "checkpoint-3.incomplete.bak",
+        "1_Pooling",
+    ]
     for name in ours + others:
         (tmp_path / name / "inside").mkdir(parents=True)
     remove_leftovers(str(tmp_path))
@@ -189,22 +206,140 @@ def test_a_removed_checkpoint_is_gone_even_where_one_was_half_removed(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+OLD = ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "1_Pooling/old",
+       "train_log.jsonl", "config.json", "checkpoint-3/model.safetensors"]  # fmt: skip
+NEW = ["best/model.safetensors", "best/config.json", "best/1_Pooling/new"]
+
+
+def make_run(folder):
+    """A run's folder with a finished model, and a better one to take its place."""
+    for name in (*OLD, *NEW):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+MOVED = {
+    "model.safetensors": "best/model.safetensors",
+    "config.json": "best/config.json",
+    "1_Pooling/new": "best/1_Pooling/new",
+    "train_log.jsonl": "train_log.jsonl",
+    "checkpoint-3/model.safetensors": "checkpoint-3/model.safetensors",
+}
+
+
+def contents(folder):
+    return {name: content.decode() for name, content in files(folder).items()}
+
+
 def test_a_saved_model_moves_in_and_leaves_no_weights_of_the_old_one(tmp_path):
-    source, target = tmp_path / ".incomplete", tmp_path / "out"
-    for name in ("out/model-00001-of-00002.safetensors", "out/model.safetensors.index.json", "out/pytorch_model.bin",
-                 "out/1_Pooling/old", "out/train_log.jsonl", "out/config.json", "out/checkpoint-3/model.safetensors",
-                 ".incomplete/model.safetensors", ".incomplete/config.json", ".incomplete/1_Pooling/new"):  # fmt: skip
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(name)
-    move_into(str(source), str(target))
-    assert {name: content.decode() for name, content in files(tmp_path).items()} == {
-        "out/model.safetensors": ".incomplete/model.safetensors",
-        "out/config.json": ".incomplete/config.json",
-        "out/1_Pooling/new": ".incomplete/1_Pooling/new",
-        "out/train_log.jsonl": "out/train_log.jsonl",
-        "out/checkpoint-3/model.safetensors": "out/checkpoint-3/model.safetensors",
-    }
-    assert not source.exists()
+    out = make_run(tmp_path / "out")
+    move_into(str(out / "best"), str(out))
+    assert contents(out) == MOVED and not (out / "best").exists()
+
+
+def test_where_there_is_nothing_to_move_nothing_is_removed(tmp_path):
+    out = make_run(tmp_path / "out")
+    shutil.rmtree(out / "best")
+    before = contents(out)
+    for _ in range(2):
+        with pytest.raises(FileNotFoundError):
+            move_into(str(out / "best"), str(out))
+        assert contents(out) == before
+        (out / "best").mkdir(exist_ok=True)
+
+
+def test_a_move_that_was_killed_anywhere_is_finished(tmp_path):
+    """The old model is whole, or the new one is: in its own folder, or as soon as the move is finished."""
+    kills = 0
+    while True:
+        out = make_run(tmp_path / f"out{kills}")
+        child = os.fork()
+        if child == 0:
+            left = kills + 1
+
+            def count(event, arguments):
+                nonlocal left
+                left -= event in ("os.remove", "os.rename", "os.rmdir")
+                if left == 0:
+                    os._exit(9)
+
+            sys.addaudithook(count)
+            move_into(str(out / "best"), str(out))
+            os._exit(0)
+        if os.waitpid(child, 0)[1] == 0:
+            break
+        kills += 1
+        remove_leftovers(str(out))
+        if (out / "best").exists():
+            assert contents(out / "best") == {name.removeprefix("best/"): name for name in NEW}
+            move_into(str(out / "best"), str(out))
+        assert contents(out) == MOVED
+    assert kills > 7
+
+
+# ---- the best model of a run
+
+
+def save_model(folder, step, weights="weights"):
+    with atomic_folder(str(folder)) as inside:
+        Path(inside, "model.safetensors").write_text(weights)
+        Path(inside, "1_Pooling").mkdir()
+        for name in ("config.json", "1_Pooling/config.json"):
+            Path(inside, name).write_text(f"{step}")
+        note_saved(inside, step)
+    return folder
+
+
+def finish(run, step):
+    """A run that has ended with the model of a step."""
+    move_into(str(save_model(run / ".last", step)), str(run))
+
+
+@pytest.mark.parametrize("same_folder", [True, False])
+@pytest.mark.parametrize("place", ["best", "checkpoint", "finished"])
+def test_the_best_model_is_found_where_the_run_has_it(tmp_path, place, same_folder):
+    run = tmp_path / "run"
+    make_checkpoint(run / "checkpoint-5")
+    out = run if same_folder else tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    if place == "best":
+        save_model(run / "best", 3)
+    elif place == "checkpoint":
+        make_checkpoint(run / "checkpoint-3")
+    else:
+        finish(run, 3)
+    if place != "best":
+        save_model(out / "best", 4)  # of a branch that was left
+    before = files(run)
+    assert keep_best(3, str(run / "checkpoint-5"), str(out))
+    assert json.loads((out / "best" / "saved_model.json").read_text())["step"] == 3
+    assert {"1_Pooling/config.json", "model.safetensors"} <= set(files(out / "best"))
+    assert not any("training_state" in name for name in files(out / "best"))
+    after = files(run)
+    assert all(after[name] == content for name, content in before.items() if not name.startswith("best/"))
+    assert keep_best(3, str(tmp_path / "nowhere" / "checkpoint-5"), str(out))
+
+
+def test_what_is_of_another_step_or_damaged_is_not_the_best_model(tmp_path):
+    run = tmp_path / "run"
+    make_checkpoint(run / "checkpoint-5")
+    save_model(run / "best", 4)
+    finish(run, 5)
+    make_checkpoint(run / "checkpoint-3")
+    damage(run, 3)
+    before = files(run)
+    assert not keep_best(3, str(run / "checkpoint-5"), str(run))
+    assert not keep_best(3, str(run / "checkpoint-5"), str(tmp_path / "out"))
+    assert files(run) == before and not (tmp_path / "out").exists()
+    for broken in ("model.safetensors", "config.json"):
+        save_model(run / "best", 3)
+        assert keep_best(3, str(run / "checkpoint-5"), str(run))
+        (run / "best" / broken).unlink()
+        assert not keep_best(3, str(run / "checkpoint-5"), str(run))
+    for content in ("", "[]", '{"step": 3}', '{"step": 3, "files": {}, "others": []}', '{"step": 3, "files": {}}'):
+        (run / "best" / "saved_model.json").write_text(content)
+        assert not keep_best(3, str(run / "checkpoint-5"), str(run))
 
 
 # ---- damage

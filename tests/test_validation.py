@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import build_tiny_model
 from test_finetune_script import write_rows
-from test_resume import LATEST, ON_CPU, Start, data, launched_by, start  # noqa: F401  (fixtures)
+from test_resume import LATEST, ON_CPU, SPY_ROWS, Start, data, launched_by, start  # noqa: F401  (fixtures)
 
+from bge_accel.checkpoint import find_checkpoints
 from bge_accel.validation import Best, data_of_rows, encode_together, read_eval_sets
 
 
@@ -169,6 +170,57 @@ def test_ends_with_the_best_and_stops_early(tmp_path: Path, start: Start, dev: s
     model = EmbeddingModel(str(out), device="cpu", dtype="float32")
     found = evaluate_retrieval(model, data_of_rows(dev), max_query_length=16, max_passage_length=32).metrics
     assert found["MRR@10"] == pytest.approx(values[best], abs=1e-6)
+
+
+# The mean of all tokens tells these texts apart, and a rate of 0.5 ruins that.
+BEST = ("--sentence_pooling_method", "mean", "--eval_on_start", "--load_best_model_at_end")
+RUIN = ("--learning_rate", 0.5, "--lr_scheduler_type", "constant", "--eval_steps", 3)
+
+
+def step_saved(folder: Path) -> int:
+    return json.loads((folder / "saved_model.json").read_text())["step"]
+
+
+def weights_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_finished_run_is_extended_and_keeps_its_best(tmp_path: Path, start: Start, dev: str, processes: int) -> None:
+    """In its folder, and in another: the first measurement stays the best, and its weights the final ones."""
+    more = (*BEST, *RUIN, "--eval_data", dev, "--save_steps", 2, "--negatives_cross_device")
+    start("out", *more, "--max_steps", 6, "--early_stopping_patience", 9, processes=processes).ends()
+    out, other = tmp_path / "out", tmp_path / "other"
+    best = weights_of(out)
+    assert step_saved(out) == 0 and not (out / "best").exists()
+    text = start(
+        "other", *more, "--max_steps", 8, "--resume_from_checkpoint", "out/checkpoint-4", processes=processes
+    ).ends()
+    assert "after step 0" in text and "warning" not in text
+    for folder in (out, other):
+        name = folder.name
+        text = start(name, *more, "--max_steps", 9, *LATEST, processes=processes).ends()
+        assert "after step 0" in text and "warning" not in text
+        assert weights_of(folder) == best and step_saved(folder) == 0
+        assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "best"))]
+
+
+def test_the_best_of_a_branch_that_was_left_is_not_taken_for_another(tmp_path: Path, start: Start, dev: str) -> None:
+    """A run gets better after its last checkpoint and is killed; gone on with, it gets worse."""
+    out, more = tmp_path / "out", (*BEST, "--train_data", dev, "--eval_data", dev)
+    env = {"STOP_AFTER": "18", "STOP_SIGNAL": "SIGKILL"}
+    learn = ("--learning_rate", 3e-3, "--eval_steps", 5, "--save_steps", 12, "--max_steps", 60)
+    assert start("out", *more, *learn, through=(SPY_ROWS,), env=env).wait() == [-9]
+    left, newest = step_saved(out / "best"), 12
+    assert left == 15 and [step for step, _ in find_checkpoints(str(out))] == [newest]
+    text = start("out", *more, *RUIN, "--eval_steps", 7, "--save_steps", 1, "--max_steps", 18, *LATEST).ends()
+    assert "are not there any more; what is best is decided among the measurements from here on" in text
+    values = {r["step"]: r["eval"]["dev"]["nDCG@10"] for r in measured(out) if r["step"] > newest}
+    best = max(values, key=lambda step: (values[step], -step))
+    assert f"the best nDCG@10 was {values[best]:.4f}, after step {best}" in text
+    assert step_saved(out) == best and best != left
+    if (out / f"checkpoint-{best}").exists():  # there is none of the last step
+        assert weights_of(out) == weights_of(out / f"checkpoint-{best}")
 
 
 @pytest.mark.parametrize(
