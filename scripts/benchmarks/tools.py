@@ -9,6 +9,7 @@ started, has held.
 
 import json
 import os
+import random
 import resource
 import runpy
 import subprocess
@@ -36,21 +37,23 @@ def run_script(argv: list[str]) -> None:
 # ---- training
 
 
-def common_flags(job: dict) -> list[str]:
-    """What scripts/finetune.py and FlagEmbedding both take."""
-    names = (
-        "model_name_or_path train_data output_dir train_group_size query_max_len passage_max_len temperature".split()
-    )
-    flags = {name: job[name] for name in names} | {
+def trainer_arguments(job: dict) -> dict[str, Any]:
+    """What all three tools call by the name that it has in the Trainer of transformers."""
+    return {
+        "output_dir": job["output_dir"],
         "per_device_train_batch_size": job["batch_size"],
-        "max_steps": job["steps"] + 1,
-        "learning_rate": 1e-12,  # all steps and tools have to see the same loss
-        "sentence_pooling_method": job["pooling"],
-        "normalize_embeddings": True,
-        "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",
+        # To measure time all steps and tools have to see the same loss.
+        **job.get("arguments", {"max_steps": job.get("steps", 0) + 1, "learning_rate": 1e-12, "logging_steps": 1}),
     }
+
+
+def common_flags(job: dict) -> list[str]:
+    """What scripts/finetune.py and FlagEmbedding both take."""
+    names = "model_name_or_path train_data train_group_size query_max_len passage_max_len temperature".split()
+    flags = {name: job[name] for name in names} | trainer_arguments(job)
+    flags |= {"sentence_pooling_method": job["pooling"], "normalize_embeddings": True}
     return [part for name, value in flags.items() for part in (f"--{name}", str(value))]
 
 
@@ -94,6 +97,11 @@ def train(job: dict) -> list[Sample]:
     return [(seconds, loss) for _, seconds, loss in run_training(job)[1:]]
 
 
+def tune(job: dict) -> list[Sample]:
+    """A training whose weights are wanted: they are saved in `output_dir`."""
+    return [(sum(seconds for _, seconds, _ in run_training(job)), None)]
+
+
 def first_step(job: dict) -> list[Sample]:
     """From the start of the process to the end of the first step of a run."""
     return [(run_training(job | {"steps": 0})[0][0] - job["started"], None)]
@@ -109,9 +117,12 @@ def train_sentence_transformers(job: dict, is_bf16: bool) -> None:
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from sentence_transformers.models import Pooling
 
-    rows = read_lines(job["train_data"])
+    rows, size = read_lines(job["train_data"]), job["train_group_size"] - 1
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
-    columns |= {f"negative_{i}": [row["neg"][i] for row in rows] for i in range(job["train_group_size"] - 1)}
+    # The other two draw by themselves, anew in each epoch.
+    rng = random.Random(job.get("arguments", {}).get("seed", 0))
+    drawn = [rng.sample(row["neg"], size) for row in rows]
+    columns |= {f"negative_{i}": [texts[i] for texts in drawn] for i in range(size)}
     model = SentenceTransformer(job["model_name_or_path"], device="cpu" if job["use_cpu"] else None)
     model.max_seq_length = job["passage_max_len"]
     model[1] = Pooling(model[1].embedding_dimension, pooling_mode=job["pooling"])
@@ -121,18 +132,9 @@ def train_sentence_transformers(job: dict, is_bf16: bool) -> None:
         if job["mini_batch_size"]
         else MultipleNegativesRankingLoss(model, scale=scale)
     )
-    arguments = SentenceTransformerTrainingArguments(
-        output_dir=job["output_dir"],
-        per_device_train_batch_size=job["batch_size"],
-        max_steps=job["steps"] + 1,
-        learning_rate=1e-12,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=job["use_cpu"],
-        bf16=is_bf16,
-    )
+    arguments = SentenceTransformerTrainingArguments(**trainer_arguments(job), use_cpu=job["use_cpu"], bf16=is_bf16)
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss).train()
+    model[0].save(job["output_dir"])
 
 
 # ---- encoding, mining
@@ -198,8 +200,6 @@ def mine(job: dict) -> list[Sample]:
     elif job["tool"] == "FlagEmbedding":
         # The steps of its hn_mine script, which is not in its package: encode the pool and the queries, search a Flat
         # index for batches of 64 queries, and draw.
-        import random
-
         import faiss
         import numpy as np
         from FlagEmbedding import FlagModel
@@ -349,7 +349,8 @@ def most_memory() -> float:
 
 
 TASKS = {
-    function.__name__: function for function in (train, first_step, encode, mine, loss, search, merge, help, resume)
+    function.__name__: function
+    for function in (train, tune, first_step, encode, mine, loss, search, merge, help, resume)
 }
 
 if __name__ == "__main__":
