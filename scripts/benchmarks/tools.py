@@ -116,6 +116,8 @@ def train_sentence_transformers(job: dict, is_bf16: bool) -> None:
     )
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
     from sentence_transformers.models import Pooling
+    from sentence_transformers.sampler import DefaultBatchSampler
+    from torch.utils.data import SequentialSampler
 
     rows, size = read_lines(job["train_data"]), job["train_group_size"] - 1
     columns = {"anchor": [row["query"] for row in rows], "positive": [row["pos"][0] for row in rows]}
@@ -133,6 +135,10 @@ def train_sentence_transformers(job: dict, is_bf16: bool) -> None:
         else MultipleNegativesRankingLoss(model, scale=scale)
     )
     arguments = SentenceTransformerTrainingArguments(**trainer_arguments(job), use_cpu=job["use_cpu"], bf16=is_bf16)
+    if arguments.train_sampling_strategy == "sequential":  # which this trainer passes over
+        arguments.batch_sampler = lambda dataset, batch_size, drop_last, **_: DefaultBatchSampler(
+            SequentialSampler(dataset), batch_size=batch_size, drop_last=drop_last
+        )
     SentenceTransformerTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(columns), loss=loss).train()
     model[0].save(job["output_dir"])
 
