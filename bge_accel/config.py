@@ -105,8 +105,9 @@ def parse_config(
 
     Field types: str, int, float, bool, Literal, list of these, each also optional. Booleans take `--flag`,
     `--flag True|False` and `--no_flag`; every flag may be written with `-` for `_`. Names are never abbreviated.
-    Numbers keep to their `Bounds`. Mistakes end the program with status 2 and one line that says what is wrong, in YAML as
-    on the command line.
+    Numbers keep to their `Bounds`. Of a value given twice on the command line the last one counts, so that a batch file can
+    have defaults before "$@"; a list is given once. Mistakes end the program with status 2 and one line that says what is
+    wrong, in YAML as on the command line.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     refused = refused or {}
@@ -292,7 +293,7 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
     if inner is bool:
         kwargs.update(nargs="?", const=True, metavar="True|False")
     elif origin is list:
-        kwargs.update(nargs="+", metavar="VALUE")
+        kwargs.update(nargs="+", metavar="VALUE", action=_StoreList)
     elif origin is Literal:
         kwargs.update(metavar="|".join(map(str, typing.get_args(inner))))
     else:
@@ -304,6 +305,15 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
         target.add_argument(
             *off, dest=field.name, action="store_const", const=False, default=argparse.SUPPRESS, help=argparse.SUPPRESS
         )
+
+
+class _StoreList(argparse.Action):
+    """Stores a list, and refuses another for the same flag, which would drop the first."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        if getattr(namespace, self.dest, values) != values:
+            parser.error(f"--{self.dest} is given twice; name all of its values after one --{self.dest}")
+        setattr(namespace, self.dest, values)
 
 
 def _check_bounds(parser: _Parser, shown: str, value: Any, field: dataclasses.Field) -> None:
@@ -355,6 +365,8 @@ def _read_yaml(
             continue
         if name not in names:
             parser.unknown(name, f"{path}: unknown key {key!r}")
+        if names[name] in values:
+            parser.error(f"{path}: {key} is given twice, the other time under another name; keep one")
         try:
             values[names[name]] = _convert(value, hints[names[name]])
         except ValueError as error:

@@ -314,6 +314,17 @@ def _decode_yaml(path: str, raw: bytes) -> Any:
             self.depth -= 1
             return node
 
+        def compose_mapping_node(self, anchor: Any) -> Any:
+            node = super().compose_mapping_node(anchor)
+            lines: dict[tuple[str, str], int] = {}
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode):
+                    line, name = key.start_mark.line + 1, (key.tag, key.value)
+                    if name in lines:  # PyYAML would take the last
+                        raise ValueError(f"{key.value} is given twice, in lines {lines[name]} and {line}; keep one")
+                    lines[name] = line
+            return node
+
     try:
         loader = Loader(raw.decode("utf-8"))
         node = loader.get_single_node()

@@ -15,6 +15,7 @@ import pytest
 from conftest import Run
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
+from bge_accel.reading import load_yaml
 from bge_accel.refused_flags import REFUSED
 
 FINETUNE = Path(__file__).resolve().parent.parent / "scripts" / "finetune.py"
@@ -251,10 +252,33 @@ def test_missing_values_are_all_named(fails):
         ("max_steps", "expected `key: value` lines, found a str"),
         ("1: 2", "unknown key 1"),
         ("config: other.yaml", "unknown key 'config'"),
+        ("max_steps: 1\nbf16: true\nmax_steps: 2", "max_steps is given twice, in lines 1 and 3; keep one"),
+        ("{max_steps: 1, 'max_steps': 1}", "max_steps is given twice, in lines 1 and 1; keep one"),
+        ("max_steps: 1\nmax-steps: 2", "max-steps is given twice, the other time under another name; keep one"),
+        ("norm_it: yes\nnormalized: no", "normalized is given twice, the other time under another name; keep one"),
     ],
 )
 def test_yaml_that_is_no_settings(fails, yaml, message):
     assert message in fails(yaml=yaml) and "run.yaml" in fails(yaml=yaml)
+
+
+def test_yaml_may_merge_a_mapping_and_change_a_key_of_it(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: &a {x: 1, y: 1}\nb: &b {<<: *a, x: 2}\nc: {<<: *b, y: 3}\nd: *b")
+    found = load_yaml(str(tmp_path / "a.yaml"))
+    assert found["c"] == {"x": 2, "y": 3} and found["b"] == found["d"] == {"x": 2, "y": 1}
+
+
+def test_a_list_that_is_given_twice_is_refused(parse, fails):
+    said = "--train_data is given twice; name all of its values after one --train_data"
+    assert fails("--train_data", "b.jsonl") == fails("--train-data=b.jsonl") == said
+    assert fails("--cutoffs", "1", "--cutoffs", "2") == said.replace("train_data", "cutoffs")
+    assert parse("--train_data", "a.jsonl") == parse()  # nothing is dropped
+    assert parse("--train_data", "b", yaml="train_data: [c]", needed=["--output_dir", "o"]).train_data == ["b"]
+
+
+def test_of_a_value_given_twice_the_last_counts(parse):
+    """scripts/slurm/finetune_single_node.sbatch has flags before "$@"."""
+    assert parse("--max_steps", "1", "--max-steps", "2").max_steps == 2
 
 
 def test_a_config_that_cannot_be_opened(fails, tmp_path):

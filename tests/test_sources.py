@@ -227,6 +227,9 @@ def test_a_yaml_that_cannot_be_read_is_named(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"- path: \xff")
     with pytest.raises(ValueError, match=re.escape(f"{tmp_path}/bytes.yaml is not readable YAML: ")):
         find_sources([f"{tmp_path}/bytes.yaml"])
+    (tmp_path / "twice.yaml").write_text("- path: a.jsonl\n  weight: 1\n  weight: 2\n")
+    with pytest.raises(ValueError, match="weight is given twice, in lines 2 and 3; keep one"):
+        find_sources([f"{tmp_path}/twice.yaml"])
 
 
 def test_a_yaml_runs_no_code(write):
