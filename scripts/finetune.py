@@ -574,7 +574,7 @@ def main(cfg: Config) -> int:
 
     if warning:
         say(f"note: {warning}")
-    set_seed(cfg.seed, device_specific=True)
+    set_seed((cfg.seed + rank) % 2**32)  # NumPy takes no more
 
     # ---- where to go on
     num_rows = sum(len(feed.rows) for feed in feeds if feed.rows)
@@ -885,7 +885,7 @@ def main(cfg: Config) -> int:
             with user_errors():
                 set_random_state(resumed["random"][rank], device)
         else:
-            set_seed(cfg.seed + step, device_specific=True)
+            set_seed((cfg.seed + step + rank) % 2**32)
 
     # ---- from here on files are written
     accelerator.wait_for_everyone()

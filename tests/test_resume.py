@@ -520,6 +520,12 @@ def test_a_run_that_would_see_other_rows_is_refused(
     assert [record["step"] for record in log(out)] == list(range(1, STEPS + 1))
 
 
+def test_the_largest_seed_works_with_any_number_of_processes_and_resumes(tmp_path: Path, start: Start) -> None:
+    start("out", "--seed", 2**32 - 1, "--max_steps", 3, processes=2).ends(0)
+    start("out", "--seed", 2**32 - 1, "--max_steps", 4, *LATEST).ends(0)
+    assert [record["step"] for record in log(tmp_path / "out")] == [1, 2, 3, 4]
+
+
 def test_other_settings_may_change_and_are_named(
     tmp_path: Path, tiny_model: str, start: Start, uninterrupted: Callable[[str], Path]
 ) -> None:
