@@ -274,10 +274,12 @@ def write_state(folder: str, state: Mapping[str, Any], tensors: "Mapping[str, to
     from safetensors.torch import save_file
 
     os.makedirs(os.path.join(folder, STATE), exist_ok=True)
-    with open(os.path.join(folder, STATE, "state.json"), "w", encoding="utf-8") as file:
+    numbers, optimizer = (os.path.join(folder, STATE, name) for name in ("state.json", "optimizer.safetensors"))
+    with open(numbers, "w", encoding="utf-8") as file:
         json.dump(state, file)
     if tensors is not None:
-        save_file(dict(tensors), os.path.join(folder, STATE, "optimizer.safetensors"))
+        save_file(dict(tensors), optimizer)
+        shutil.copymode(numbers, optimizer)  # it is readable by its owner alone, whatever the umask
 
 
 def read_state(folder: str) -> dict[str, Any]:

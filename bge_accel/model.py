@@ -413,6 +413,10 @@ def save_encoder(
         save_torch_state_dict({key.removeprefix("backbone."): value for key, value in state_dict.items()}, folder)
         backbone.config.architectures = [type(backbone).__name__.removeprefix("FSDP")]
         backbone.config.save_pretrained(folder)
+    # safetensors makes its files readable by their owner alone; they are to be as open as the others.
+    for name in os.listdir(folder):
+        if name.endswith(".safetensors"):
+            shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
     tokenizer.save_pretrained(folder)
     assert settings.pooling is not None
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(

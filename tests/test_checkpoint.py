@@ -578,6 +578,18 @@ def test_a_run_goes_on_to_the_bit(tmp_path, tiny_model, fused, frozen):
     assert {key.partition(".")[0] for key in ours} == {"step", "exp_avg", "exp_avg_sq"}
 
 
+def test_what_is_saved_follows_the_umask(tmp_path, tiny_model):
+    encoder, optimizer = fresh(tiny_model)
+    train(encoder, optimizer, 1)
+    before = os.umask(0o027)
+    try:
+        folder = Path(saved(tmp_path / "checkpoint-1", tiny_model, encoder, optimizer))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()} == {0o640}
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_dir()} == {0o750}
+
+
 def test_each_thing_that_is_put_back_matters(tmp_path, tiny_model):
     """The comparison above would see a moment, a rate or a generator that is left out."""
     torch.manual_seed(1)
@@ -675,6 +687,10 @@ def test_a_checkpoint_of_the_script_holds_no_pickle(tmp_path: Path, tiny_model: 
     assert set(stored(checkpoint)) >= {f"{kind}.{LAYER}" for kind in ("exp_avg", "exp_avg_sq", "step")}
     listed = json.loads((checkpoint / MANIFEST).read_text())["files"]
     assert set(listed) == set(files(checkpoint)) - {MANIFEST}
+    modes = {str(path): path.stat().st_mode & 0o777 for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert set(modes.values()) == {0o666 & ~umask}, modes
     other = [name for name in files(tmp_path / "out") if name.endswith((".bin", ".pt", ".pth", ".pkl", ".pickle"))]
     assert other == []
 

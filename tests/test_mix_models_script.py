@@ -51,6 +51,7 @@ def test_weights_that_are_given(tmp_path, models):
                "--max_shard_size", "20KB", "--dtype", "bfloat16")  # fmt: skip
     assert f"  0.7500  {models[0]}\n  0.2500  {models[1]}\nwrote out\n" in said
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir() if path.is_file()}) == 1
     assert EmbeddingModel(str(tmp_path / "out")).settings.pooling == "mean"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
