@@ -3,6 +3,7 @@
 Padding is what costs: texts are sorted by length and cut where little is padded; the order is undone on the embeddings.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,9 @@ from bge_accel.unpadded import num_packed
 
 # Tokenised together: whole texts are, whatever they are cut to, and more of them would only take memory.
 TEXTS_AT_ONCE = 256
+
+# A fast tokenizer keeps inside itself how it is to cut: whoever sets that and relies on it holds this meanwhile.
+TOKENIZING = threading.RLock()
 
 
 @dataclass
@@ -37,17 +41,18 @@ class TokenBatch:
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of each text with special tokens, cut to `max_length`."""
+    """Token ids of each text with special tokens, cut to `max_length`, in whichever threads it is called."""
     token_ids: list[list[int]] = []
     for start in range(0, len(texts), TEXTS_AT_ONCE):
-        token_ids += tokenizer(
-            list(texts[start : start + TEXTS_AT_ONCE]),
-            truncation=True,
-            max_length=max_length,
-            padding=False,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-        )["input_ids"]
+        with TOKENIZING:
+            token_ids += tokenizer(
+                list(texts[start : start + TEXTS_AT_ONCE]),
+                truncation=True,
+                max_length=max_length,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+            )["input_ids"]
     return token_ids
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from bge_accel import unpadded
-from bge_accel.batching import TokenBatch, default_token_budget, make_token_batch, tokenize
+from bge_accel.batching import TOKENIZING, TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.jobs import progress
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
@@ -235,8 +235,9 @@ def tokenize_and_count(tokenizer: Any, texts: Sequence[str], max_length: int) ->
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or not texts:
         return tokenize(tokenizer, texts, max_length), 0
-    tokenize(tokenizer, texts[:1], max_length)  # sets the tokenizer's own way of cutting
-    encodings = backend.encode_batch_fast(list(texts), add_special_tokens=True)
+    with TOKENIZING:
+        tokenize(tokenizer, texts[:1], max_length)  # sets the tokenizer's own way of cutting
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=True)
     token_ids = [encoding.ids for encoding in encodings]
     full = (encoding for encoding, ids in zip(encodings, token_ids, strict=True) if len(ids) >= max_length)
     return token_ids, sum(bool(encoding.overflowing) for encoding in full)

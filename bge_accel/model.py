@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_accel import last_layer
+from bge_accel.batching import TOKENIZING
 from bge_accel.reading import is_inside, load_json, shorten
 from bge_accel.unpadded import PACKED_POOLING_METHODS, pad, pool_packed, why_not
 
@@ -417,7 +418,9 @@ def save_encoder(
     for name in os.listdir(folder):
         if name.endswith(".safetensors"):
             shutil.copymode(os.path.join(folder, "config.json"), os.path.join(folder, name))
-    tokenizer.save_pretrained(folder)
+    with TOKENIZING:
+        tokenizer("")  # without cutting: else the length that some texts were last cut to is saved with it
+        tokenizer.save_pretrained(folder)
     assert settings.pooling is not None
     modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * bool(
         settings.normalize

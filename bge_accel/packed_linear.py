@@ -4,6 +4,7 @@ oneDNN otherwise rearranges each weight again for every micro-batch. A GELU that
 the product is in the cache.
 """
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,6 +17,9 @@ from bge_accel.in_place_gradients import is_linear
 
 # Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
 MIN_TOKENS = 16384
+
+# Two threads may encode with one model: what one puts on its layers, the other would take off.
+USING = threading.Lock()
 
 
 def can_pack(module: Any) -> bool:
@@ -58,23 +62,24 @@ class PackedLinears:
         if not self.is_available or num_tokens < MIN_TOKENS:
             yield
             return
-        if self.weights is None:
-            layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
-            self.weights = {layer: onednn.rearrange(layer.weight) for layer in layers}
-            pairs = [module for module in self.backbone.modules() if is_linear_and_gelu(module)]
-            self.with_gelu = [module for module in pairs if module.dense in self.weights]
-        before = {module: module.__dict__.get("forward") for module in (*self.weights, *self.with_gelu)}
-        for layer, weight in self.weights.items():
-            layer.forward = partial(_linear, weight, layer.bias, "none")
-        for module in self.with_gelu:
-            module.forward = partial(_linear, self.weights[module.dense], module.dense.bias, "gelu")
-        try:
-            yield
-        finally:
-            for module, forward in before.items():
-                module.__dict__.pop("forward")
-                if forward is not None:
-                    module.forward = forward
+        with USING:
+            if self.weights is None:
+                layers: list[Any] = [module for module in self.backbone.modules() if can_pack(module)]
+                self.weights = {layer: onednn.rearrange(layer.weight) for layer in layers}
+                pairs = [module for module in self.backbone.modules() if is_linear_and_gelu(module)]
+                self.with_gelu = [module for module in pairs if module.dense in self.weights]
+            before = {module: module.__dict__.get("forward") for module in (*self.weights, *self.with_gelu)}
+            for layer, weight in self.weights.items():
+                layer.forward = partial(_linear, weight, layer.bias, "none")
+            for module in self.with_gelu:
+                module.forward = partial(_linear, self.weights[module.dense], module.dense.bias, "gelu")
+            try:
+                yield
+            finally:
+                for module, forward in before.items():
+                    module.__dict__.pop("forward")
+                    if forward is not None:
+                        module.forward = forward
 
 
 def _linear(weight: torch.Tensor, bias: torch.Tensor | None, activation: str, states: torch.Tensor) -> torch.Tensor:

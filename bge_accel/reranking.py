@@ -117,17 +117,23 @@ class Reranker:
         return scores
 
     def _tokenize(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        from bge_accel.batching import TOKENIZING
+
         queries = {query: query for query, _ in pairs}
-        encoded = self.tokenizer(list(queries), add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        with TOKENIZING:
+            encoded = self.tokenizer(
+                list(queries), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
         for query, offsets in zip(queries, encoded["offset_mapping"], strict=True):
             if len(offsets) > self.query_max_length:
                 queries[query] = query[: offsets[self.query_max_length - 1][1]]
-        return dict(
-            self.tokenizer(
-                [queries[query] for query, _ in pairs],
-                [passage for _, passage in pairs],
-                truncation="only_second",
-                max_length=self.max_length,
-                padding=False,
+        with TOKENIZING:
+            return dict(
+                self.tokenizer(
+                    [queries[query] for query, _ in pairs],
+                    [passage for _, passage in pairs],
+                    truncation="only_second",
+                    max_length=self.max_length,
+                    padding=False,
+                )
             )
-        )

@@ -88,6 +88,15 @@ def precision_of_every_machine() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Python's threads take turns so often that what two of them share without care goes wrong at once."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
 @pytest.fixture(autouse=True)
 def no_job_is_left() -> Iterator[None]:
     """Kills what a failed test has left running."""

@@ -1,6 +1,7 @@
 """Micro-batches: every text once, within the budget, at the least cost, and back in order."""
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from bge_accel.batching import (
     tokenize,
     tokens_that_fit,
 )
+from bge_accel.encoding import tokenize_and_count
 
 
 def cost_of(groups, overhead, multiple=1):
@@ -40,7 +42,7 @@ def random_case(seed, most=9):
     return lengths, limits
 
 
-@pytest.mark.parametrize("seed", range(150))
+@pytest.mark.parametrize("seed", range(60))
 def test_the_plan_is_the_cheapest_of_all_cuts(seed):
     lengths, limits = random_case(seed)
     max_tokens, max_texts, overhead, multiple = limits.values()
@@ -183,6 +185,22 @@ def test_tokenize_cuts_with_special_tokens_included(tiny_model):
     assert [len(ids) for ids in cut] == [2, 3, 5, 4]
     assert all(ids[0] == tokenizer.cls_token_id and ids[-1] == tokenizer.sep_token_id for ids in cut)
     assert tokenize(tokenizer, [], 5) == [] and tokenize(tokenizer, ("a",), 5) == [cut[1]]
+
+
+def test_threads_that_share_a_tokenizer_cut_each_to_its_own_length(tiny_model, eager_threads):
+    """As training's next batch and its evaluation do."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    texts = ["a story of a king " * 40] * 8
+
+    def longest(max_length):
+        cut = [tokenize(tokenizer, texts, max_length) for _ in range(60)]
+        cut += [tokenize_and_count(tokenizer, texts, max_length)[0] for _ in range(60)]
+        return {len(ids) for of_one_call in cut for ids in of_one_call}
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(longest, (16, 32, 128))) == [{16}, {32}, {128}]
 
 
 def test_a_gpu_gets_larger_batches_than_a_cpu():

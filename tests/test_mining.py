@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from conftest import build_tiny_model
 
 from bge_accel import EmbeddingModel
+from bge_accel.batching import TOKENIZING
 from bge_accel.candidates import (
     KnownPositives,
     TextPool,
@@ -408,6 +410,19 @@ def test_reranker_cuts_a_query_that_leaves_no_room(tiny_reranker):
     assert [len(ids) for ids in inputs["input_ids"]] == [32, 32, 24 + 4]
     x, y = (reranker.tokenizer.convert_tokens_to_ids(token) for token in ("##x", "##y"))
     assert inputs["input_ids"][0].count(x) == 23 and inputs["input_ids"][0].count(y) == 4
+
+
+def test_threads_may_score_with_one_reranker(tiny_reranker):
+    """While one thread cuts texts in its way, another waits."""
+    reranker = Reranker(tiny_reranker, max_length=32)
+    pairs = [("who is the king", "a story of a king " * 20)]
+    expected = reranker._tokenize(pairs)
+    with ThreadPoolExecutor(1) as pool:
+        with TOKENIZING:
+            found = pool.submit(reranker._tokenize, pairs)
+            with pytest.raises(TimeoutError):
+                found.result(0.2)
+        assert found.result() == expected
 
 
 def test_models_that_are_no_rerankers(tiny_model, tmp_path):

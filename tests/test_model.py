@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
 
 from bge_accel.encoding import EmbeddingModel, encode_texts
 from bge_accel.model import (
@@ -366,6 +367,10 @@ def test_three_libraries_embed_alike(tiny_model, tmp_path, pooling, normalize, p
         "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json", "README.md",
     }  # fmt: skip
     assert (tmp_path / "saved" / "README.md").read_text() == "# card"
+    # Other programs cut where this file says, which is not to be where texts were last cut.
+    encode_texts(encoder, tokenizer, TEXTS, max_length=7)
+    save_encoder(folder, encoder, tokenizer, settings)
+    assert Tokenizer.from_file(f"{folder}/tokenizer.json").truncation is None
 
 
 def test_three_libraries_embed_alike_on_a_real_model(real_model, tmp_path):

@@ -1,5 +1,8 @@
 """Rearranged weights: the same embeddings, never stale, nothing left on the model."""
 
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +78,28 @@ def test_nothing_is_left_on_the_model(tiny_model, packing):
     model.encoder.train()(torch.tensor([[2, 5, 3]]), torch.ones(1, 3))[:, :7].sum().backward()
     assert model.encoder.backbone.encoder.layer[0].output.dense.weight.grad.abs().max() > 0
     windows.close()
+
+
+def test_threads_may_encode_with_one_model(packing):
+    """The first to use the layers leaves them before the second, which otherwise would find its own taken off."""
+    backbone, ids = build("bert", torch.float32), torch.arange(5, 29).view(2, 12)
+    is_inside, first_has_left = Event(), Event()
+
+    def second():
+        with torch.no_grad(), PackedLinears(backbone).used_for(1):
+            is_inside.set()
+            first_has_left.wait()
+            return backbone(ids).last_hidden_state
+
+    with torch.no_grad():
+        expected = backbone(ids).last_hidden_state
+    with ThreadPoolExecutor(1) as pool:
+        with PackedLinears(backbone).used_for(1):
+            found = pool.submit(second)
+            is_inside.wait(0.2)
+        first_has_left.set()
+        torch.testing.assert_close(found.result(), expected, atol=1e-5, rtol=0)
+    assert packing and not any("forward" in module.__dict__ for module in backbone.modules())
 
 
 def test_few_tokens_are_not_worth_it(tiny_model, packing, monkeypatch):
