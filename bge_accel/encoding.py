@@ -17,6 +17,7 @@ import torch
 from bge_accel import unpadded
 from bge_accel.batching import TOKENIZING, TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.jobs import progress
+from bge_accel.lock import locked
 from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
@@ -27,7 +28,6 @@ from bge_accel.store import (
     choose_shard_size,
     digest_texts,
     prepare_store,
-    writing,
 )
 from bge_accel.transfer import encoder_inputs, to_device, to_host
 
@@ -512,7 +512,7 @@ class EmbeddingModel:
             raise ValueError("there are no texts to encode into a store")
         digest = digest_texts(corpus)
         wanted = self.describe_store(*digest, kind=kind, max_length=max_length, dtype=dtype, shard_size=shard_size)
-        with writing(folder):
+        with locked(folder):
             manifest, missing = prepare_store(folder, wanted)
             num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
             with progress(num_missing, f"{kind} store", "text", shown=show_progress) as bar:

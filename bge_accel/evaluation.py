@@ -9,10 +9,11 @@ import numpy as np
 
 from bge_accel.evaluation_data import EvaluationData, Judgements
 from bge_accel.jobs import from_first, gather, rank_and_world, share_of
+from bge_accel.lock import locked
 from bge_accel.metrics import per_query_metrics, trec_order
 from bge_accel.reading import shorten
 from bge_accel.search import build_index, check_index_factory, index_recall, search, search_over_processes
-from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store, writing
+from bge_accel.store import EmbeddingStore, StorePart, digest_texts, prepare_store
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
 TEXT_KEPT = 500  # characters of a text in samples
@@ -359,7 +360,7 @@ def _save_together(
 
     def begin() -> Any:
         wanted = model.describe_store(*digest_texts(texts), max_length=max_length, processes=world)
-        alone.enter_context(writing(folder))
+        alone.enter_context(locked(folder))
         return prepare_store(folder, wanted)
 
     with alone:

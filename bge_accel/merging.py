@@ -23,6 +23,7 @@ import torch
 from bge_accel.checkpoint import SAVED, atomic_folder, find_checkpoints
 from bge_accel.encoding import prefetch
 from bge_accel.jobs import progress
+from bge_accel.lock import is_empty, locked
 from bge_accel.merge_plan import (
     MODEL_TYPES,
     WEIGHT_FILES,
@@ -165,6 +166,7 @@ def merge_models(
     shard_size = parse_size(max_shard_size)
     check_output_folder(output_path, model_names_or_paths, overwrite=overwrite_output_dir)
     with ExitStack() as stack:
+        stack.enter_context(locked(output_path))
         models = open_models(model_names_or_paths, stack, cache_dir=cache_dir, token=token)
         plan = check_models(models, model_type, dtype=out_dtype)
         shards = plan_shards(plan.tensors, shard_size)
@@ -234,7 +236,7 @@ def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: b
             raise ValueError(f"the output {output_path} is or holds the model {name}; name another folder")
     if os.path.exists(target) and not os.path.isdir(target):
         raise ValueError(f"the output {output_path} is a file; name a folder")
-    if os.path.isdir(target) and os.listdir(target) and not overwrite:
+    if os.path.isdir(target) and not is_empty(target) and not overwrite:
         raise ValueError(f"the output {output_path} is not empty; name another folder, or give --overwrite_output_dir")
     parent = _existing_parent(output_path)
     if not os.path.isdir(parent) or not os.access(parent, os.W_OK):

@@ -11,7 +11,6 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -190,33 +189,8 @@ def check_same(folder: str, wanted: Manifest, found: Manifest, *, ignore: Iterab
         )
 
 
-@contextmanager
-def writing(folder: str) -> Iterator[None]:
-    """Makes the folder of a store and keeps other runs from writing into it; a run that is killed lets go of it.
-
-    Raises:
-        ValueError: another run is writing into it, or it is no folder.
-    """
-    from filelock import FileLock, Timeout
-
-    try:
-        os.makedirs(folder, exist_ok=True)
-        lock = FileLock(os.path.join(folder, ".lock"))
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"another run is writing into {folder}; wait for it, stop it, or name another folder"
-        ) from None
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written to ({error.strerror}); name another folder") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
 def prepare_store(folder: str, wanted: Manifest) -> tuple[Manifest, list[int]]:
-    """Begins a store, or goes on with one that is not complete; one process calls it, under `writing`.
+    """Begins a store, or goes on with one that is not complete; one process calls it, under `lock.locked`.
 
     Returns:
         The store's manifest, whose shards may have another size than wanted, and the numbers of missing shards.

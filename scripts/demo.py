@@ -20,6 +20,7 @@ import time
 from dataclasses import dataclass
 
 from bge_accel.config import check_model_path, option, parse_config, user_errors
+from bge_accel.lock import lock_output
 from bge_accel.report import moved_into_top, side_by_side_table
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
@@ -68,6 +69,7 @@ def main(cfg: Config) -> None:
     with user_errors():
         model = cfg.model_name_or_path or packaged_model()
         check_model_path("--model_name_or_path", model)
+        lock_output(cfg.output_dir)
     mine, finetune, mix, evaluate = (
         os.path.join(SCRIPTS, f"{name}.py")
         for name in ("mine_hard_negatives", "finetune", "mix_models", "evaluate_retrieval")

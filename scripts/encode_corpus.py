@@ -19,16 +19,16 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, leave_processes, progress, warn
+from bge_accel.jobs import SharedCounters, from_first, leave_processes, progress, warn
+from bge_accel.lock import lock_output
 from bge_accel.reading import Faults
-from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store, writing
+from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -127,7 +127,7 @@ def main(cfg: Config) -> None:
 
     import torch
     from accelerate import PartialState
-    from accelerate.utils import broadcast_object_list, gather_object
+    from accelerate.utils import gather_object
 
     from bge_accel.encoding import EmbeddingModel, EncodingCounts, encode_to_store, line_for_all_gpus
     from bge_accel.precision import cpu_has_bf16, cpu_is_faster_in_bf16
@@ -142,13 +142,16 @@ def main(cfg: Config) -> None:
         print(line, flush=True)
 
     # ---- read and check all texts once, on the first process
-    count, digest = 0, ""
-    if state.is_main_process:
-        with user_errors():
-            faults = Faults()
-            count, digest = digest_texts(read_texts(cfg, faults))
-            faults.raise_if_any()
-        print(f"{count:,} texts", flush=True)
+    def read_all() -> tuple[int, str]:
+        lock_output(cfg.output_dir)
+        faults = Faults()
+        found = digest_texts(read_texts(cfg, faults))
+        faults.raise_if_any()
+        print(f"{found[0]:,} texts", flush=True)
+        return found
+
+    with user_errors():
+        count, digest = from_first(read_all)
 
     # ---- model
     with user_errors():
@@ -172,26 +175,23 @@ def main(cfg: Config) -> None:
         )
 
     # ---- begin the store, or see what is missing of it
-    plan: list[Any] = [None]
-    alone = ExitStack()  # until the end no other run may write into the folder
-    if state.is_main_process:
-        with user_errors():
-            wanted = model.describe_store(
-                count,
-                digest,
-                kind=cfg.kind,
-                max_length=cfg.max_length,
-                dtype=cfg.dtype,
-                processes=state.num_processes,
-                shard_size=cfg.shard_size,
-            )
-            alone.enter_context(writing(cfg.output_dir))
-            plan = [prepare_store(cfg.output_dir, wanted)]
-        length = plan[0][0].settings["max_length"]
-        if cfg.max_length is not None and length < cfg.max_length:
-            warn(f"--max_length is {cfg.max_length}, but the model takes {length} tokens: texts are cut there")
-    manifest, missing = broadcast_object_list(plan)[0]
-    assert isinstance(manifest, Manifest)
+    def begin() -> tuple[Manifest, list[int]]:
+        wanted = model.describe_store(
+            count,
+            digest,
+            kind=cfg.kind,
+            max_length=cfg.max_length,
+            dtype=cfg.dtype,
+            processes=state.num_processes,
+            shard_size=cfg.shard_size,
+        )
+        return prepare_store(cfg.output_dir, wanted)
+
+    with user_errors():
+        manifest, missing = from_first(begin)
+    length = manifest.settings["max_length"]
+    if cfg.max_length is not None and length < cfg.max_length:
+        warn(f"--max_length is {cfg.max_length}, but the model takes {length} tokens: texts are cut there")
     num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
     if state.is_main_process and num_missing < count:
         print(f"{count - num_missing:,} texts are in {cfg.output_dir} already", flush=True)
@@ -240,7 +240,6 @@ def main(cfg: Config) -> None:
             shares = ", ".join(f"{numbers[0]:,} in {numbers[3]:.1f} s" for numbers in all_counts)
             print(f"texts of each process: {shares}")
         print(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
-    alone.close()
 
 
 if __name__ == "__main__":

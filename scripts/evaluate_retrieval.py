@@ -54,6 +54,7 @@ from bge_accel.evaluation import (
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
 from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
+from bge_accel.lock import lock_output
 from bge_accel.reading import Faults, installed_version, shorten, shown_name
 from bge_accel.report import metrics_table, side_by_side_table
 from bge_accel.store import read_manifest
@@ -244,6 +245,7 @@ def main(cfg: Config) -> None:
         start_processes(cfg)
         keep_own_gpu()
         processes = Processes()
+        processes.on_first(lambda: lock_output(cfg.output_file, is_folder=False))
         runs, data = read_inputs(cfg)
     counts = data.counts
     for warning in data.warnings:

@@ -38,6 +38,7 @@ from bge_accel.checkpoint import BEST, LAST, REQUEUE, STATE, StopSignals, find_c
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
 from bge_accel.jobs import from_first, leave_processes, progress
+from bge_accel.lock import LOCK, lock_output, locked
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
@@ -360,22 +361,7 @@ def check(cfg: Config) -> None:
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise ValueError(f"--report_to {tracker} needs `pip install {tracker}`")
     check_model_path("--model_name_or_path", cfg.model_name_or_path)
-    if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
-        raise ValueError(f"--output_dir {cfg.output_dir} is a file; name a folder")
-    inside = os.listdir(cfg.output_dir) if os.path.isdir(cfg.output_dir) else []
-    goes_on = cfg.resume_from_checkpoint is not None and (
-        "run_config.yaml" in inside or find_checkpoints(cfg.output_dir)
-    )
-    if inside and not goes_on and not cfg.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir {cfg.output_dir} is in use; name another folder, add --overwrite_output_dir, or, to go on with "
-            "a run of this script, --resume_from_checkpoint latest"
-        )
-    parent = cfg.output_dir
-    while parent and not os.path.exists(parent):
-        parent = os.path.dirname(os.path.abspath(parent))
-    if not os.path.isdir(parent or ".") or not os.access(parent or ".", os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {cfg.output_dir}: {parent} cannot be written to; name another folder")
+    check_output_dir(cfg)
     asked = cfg.resume_from_checkpoint
     if asked not in (None, "latest"):
         if not os.path.isdir(asked):
@@ -385,6 +371,29 @@ def check(cfg: Config) -> None:
                 f"--resume_from_checkpoint {asked} holds no training state; to start from its weights, name it by "
                 "--model_name_or_path"
             )
+
+
+def check_output_dir(cfg: Config) -> None:
+    """Raises ValueError where the folder cannot be written to, or holds what is not to be touched."""
+    if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
+        raise ValueError(f"--output_dir {cfg.output_dir} is a file; name a folder")
+    inside = [name for name in os.listdir(cfg.output_dir) if name != LOCK] if os.path.isdir(cfg.output_dir) else []
+    goes_on = cfg.resume_from_checkpoint is not None and (
+        "run_config.yaml" in inside or find_checkpoints(cfg.output_dir)
+    )
+    if inside and not goes_on and not cfg.overwrite_output_dir:
+        if os.environ.get("RANK", "0") == "0":
+            with locked(cfg.output_dir):  # or it names the run that is at work there
+                pass
+        raise ValueError(
+            f"--output_dir {cfg.output_dir} is in use; name another folder, add --overwrite_output_dir, or, to go on with "
+            "a run of this script, --resume_from_checkpoint latest"
+        )
+    parent = cfg.output_dir
+    while parent and not os.path.exists(parent):
+        parent = os.path.dirname(os.path.abspath(parent))
+    if not os.path.isdir(parent or ".") or not os.access(parent or ".", os.W_OK | os.X_OK):
+        raise ValueError(f"--output_dir {cfg.output_dir}: {parent} cannot be written to; name another folder")
 
 
 def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
@@ -575,6 +584,14 @@ def main(cfg: Config) -> int:
     if warning:
         say(f"note: {warning}")
     set_seed((cfg.seed + rank) % 2**32)  # NumPy takes no more
+
+    # ---- no other run may write into the folder from here to the end; one may have, while the rows were read
+    def begin() -> None:
+        lock_output(cfg.output_dir)
+        check_output_dir(cfg)
+
+    with user_errors():
+        from_first(begin)
 
     # ---- where to go on
     num_rows = sum(len(feed.rows) for feed in feeds if feed.rows)

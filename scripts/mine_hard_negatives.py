@@ -46,6 +46,7 @@ from bge_accel.jobs import (
     rounded,
     warn,
 )
+from bge_accel.lock import lock_output, locked
 from bge_accel.mining import (
     DROPS,
     Choice,
@@ -61,7 +62,7 @@ from bge_accel.mining import (
 )
 from bge_accel.reading import Faults, find_files, read_rows, shorten, text_id
 from bge_accel.rows import TrainingRows
-from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_manifest, writing
+from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_manifest
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -239,6 +240,7 @@ def main(cfg: Config) -> None:
     work = f"{cfg.output_file}.mining"
     with user_errors():
         choice = check(cfg)
+        processes.on_first(lambda: lock_output(cfg.output_file, is_folder=False))
         rows = TrainingRows(cfg.input_file, cache_folder=cfg.cache_path)
         processes.on_first(lambda: write_inputs(cfg, rows, work))
     pool = TextPool(os.path.join(work, "pool"))
@@ -442,7 +444,7 @@ def embed_pool(
     with ExitStack() as alone:
 
         def begin() -> None:
-            alone.enter_context(writing(folder))
+            alone.enter_context(locked(folder))
             texts = len(pool), pool.digest()
             prepare_store(folder, model.describe_store(*texts, max_length=max_length, shard_size=TEXTS_PER_SHARD))
 

@@ -33,6 +33,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
+from bge_accel.lock import lock_output
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -173,6 +174,7 @@ def main(cfg: Config) -> None:
             # ---- models and weights
             models = cfg.model_names_or_paths or last_checkpoints(str(cfg.run_dir), cfg.last_checkpoints or 0)
             check_output_folder(cfg.output_path, models, overwrite=cfg.overwrite_output_dir)
+            lock_output(cfg.output_path)
             recipe: dict[str, Any] = {}
             if way == "weights":
                 weights = check_weights(cfg.weights or [], len(models), normalize=cfg.normalize)

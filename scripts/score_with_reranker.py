@@ -34,6 +34,7 @@ from bge_accel.jobs import (
     rounded,
     warn,
 )
+from bge_accel.lock import lock_output
 from bge_accel.mining import text_histogram
 from bge_accel.reading import Faults, find_files, read_rows, text_id
 from bge_accel.rows import TrainingRows
@@ -110,6 +111,7 @@ def main(cfg: Config) -> None:
     work = f"{cfg.output_file}.scoring"
     with user_errors():
         check(cfg)
+        processes.on_first(lambda: lock_output(cfg.output_file, is_folder=False))
         rows = TrainingRows(cfg.input_file, cache_folder=cfg.cache_path)
     num_texts = sum(len(rows.passages(i)) for i in range(len(rows)))
     processes.say(f"{len(rows):,} rows, {num_texts:,} pairs to score")

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from bge_accel.lock import locked
 from bge_accel.search import build_index, search
 from bge_accel.store import (
     EmbeddingStore,
@@ -22,7 +23,6 @@ from bge_accel.store import (
     prepare_store,
     read_manifest,
     shard_name,
-    writing,
 )
 
 SETTINGS = {
@@ -208,21 +208,6 @@ def test_a_damaged_shard_is_written_again(tmp_path, rows, damage):
     assert open(path, "rb").read() == whole
 
 
-def test_two_runs_do_not_write_into_one_store(tmp_path):
-    folder = str(tmp_path / "store")
-    code = f"from bge_accel.store import writing\nwith writing({folder!r}): print('in', flush=True); input()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
-        assert other.stdout.readline() == "in\n"
-        with pytest.raises(ValueError, match="another run is writing into"), writing(folder):
-            pass
-        other.kill()  # lets go of it
-        other.wait()
-        with writing(folder):
-            pass
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(tmp_path, rows, value):
     folder = str(tmp_path / "store")
@@ -297,7 +282,7 @@ def test_folders_that_are_no_store(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"is not empty and holds no embedding store \(notes.txt"):
         prepare_store(str(tmp_path), WANTED)
-    with pytest.raises(ValueError, match="cannot be written to"), writing(str(tmp_path / "notes.txt")):
+    with pytest.raises(ValueError, match="cannot be written to"), locked(str(tmp_path / "notes.txt")):
         pass
     for content in ("{", "[]", '{"format": 1}'):
         (tmp_path / "manifest.json").write_text(content)

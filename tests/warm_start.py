@@ -3,6 +3,7 @@
 What runs is what `python SCRIPT ARGS` would run: a real process of its own, which can be sent signals and be killed.
 """
 
+import atexit
 import faulthandler
 import multiprocessing
 import os
@@ -38,7 +39,10 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: str, errors:
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     faulthandler.dump_traceback_later(100)  # what it does when it does not end
-    runpy.run_path(argv[0], run_name="__main__")
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # which multiprocessing leaves out
 
 
 class Job:
