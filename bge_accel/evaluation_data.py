@@ -338,6 +338,9 @@ def _id(row: dict[str, Any], number: int, seen: set[str], where: str, faults: Fa
         faults.add(where, f"the id is {shorten(value)}: it has to be a string or a whole number")
         return ""
     value = str(value)
+    if value != value.strip() or any(character in value for character in "\t\n\r"):
+        # Judgements and runs are lines whose fields are parted by tabs and read without the blanks around them.
+        faults.add(where, f"the id {shorten(value)} has a tab, a line break or a blank at an end: remove it")
     if value in seen:
         faults.add(where, f"the id {shorten(value)} has occurred before: every row needs an id of its own")
     seen.add(value)

@@ -213,6 +213,10 @@ def test_nothing_matches_by_id(write, line):
         ({"text": "a", "id": True}, "the id is true"),
         ({"text": "a", "id": ""}, 'the id is ""'),
         ({"text": "a", "id": 1.5}, "the id is 1.5"),
+        *(
+            ({"text": "a", "id": odd}, f"the id {json.dumps(odd)} has a tab")
+            for odd in ("a\tb", "a\nb", "a\rb", " a", "a ", " ")
+        ),
         ({"text": "a", "_id": "first"}, 'the id "first" has occurred before'),
     ],
 )
@@ -232,6 +236,7 @@ def test_faults_in_the_corpus(write, row, expected):
         ({"query": "a", "positive": [""]}, '"positive" holds ""'),
         ({"query": "a", "positive": [3]}, '"positive" holds 3'),
         ({"query": "a", "positive": ["b"], "id": "0"}, 'the id "0" has occurred before'),
+        ({"query": "a", "positive": ["b"], "id": "q\t1"}, r'the id "q\t1" has a tab'),
     ],
 )
 def test_faults_in_the_queries(write, row, expected):
