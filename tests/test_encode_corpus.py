@@ -309,9 +309,3 @@ def test_as_a_user_starts_it(folder, undisturbed, run_script, tmp_path):
     done = run_script("encode_corpus.py", *args, "--output_dir", "store", *SMALL, processes=2, cold=True)
     assert "wrote store: 6,000 x 32 float32" in done.stdout and "texts of each process" in done.stdout
     assert digests(tmp_path / "store") == digests(undisturbed)
-
-
-def test_help_is_instant(run_script):
-    begun = time.perf_counter()
-    assert "--shard_size" in run_script("encode_corpus.py", "--help", cold=True).stdout
-    assert time.perf_counter() - begun < 3

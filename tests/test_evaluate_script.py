@@ -2,7 +2,6 @@
 
 import ast
 import json
-import time
 
 import pytest
 import torch
@@ -175,15 +174,6 @@ def test_a_stored_corpus_gives_the_same_result(real_model, tmp_path):
     said = evaluate("no", "--load_embedding", "--max_passage_length", 16, corpus="c2.jsonl", status=2)
     assert "the maximum length in tokens: 128 in the store, 16 here" in said and "the texts (digest)" in said
     assert not (tmp_path / "no").exists()
-
-
-def test_help_is_instant(run_script):
-    started = time.perf_counter()
-    done = run_script(SCRIPT, "--help", cold=True)
-    assert time.perf_counter() - started < 3
-    for flag in ("--encoder", "--qrels", "--save_ranking", "--index_factory"):
-        assert flag in done.stdout
-    assert "--load_embedding" in done.stdout
 
 
 def test_finds_what_it_should(run_script, real_model, toy, tmp_path):
