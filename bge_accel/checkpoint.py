@@ -231,6 +231,23 @@ def note_saved(folder: str, step: int) -> None:
         json.dump(content, file, indent=1)
 
 
+def note_complete(folder: str, run: Mapping[str, Any]) -> None:
+    """Notes in a saved model that it is the end of a run, and of which."""
+    path = os.path.join(folder, SAVED)
+    content = {**load_json(path), "run": run}
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(content, file, indent=1)
+    flush(path)
+
+
+def is_complete(output_dir: str, run: Mapping[str, Any]) -> bool:
+    """Whether a folder holds the model that a run ends with, whole."""
+    finish_move(output_dir)
+    if what_is_damaged(output_dir, SAVED) is not None:
+        return False
+    return load_json(os.path.join(output_dir, SAVED)).get("run") == json.loads(json.dumps(run))
+
+
 def keep_best(step: int, checkpoint: str, output_dir: str) -> bool:
     """Sees to it that `BEST` in a run's folder holds the model of a step; whether it does.
 

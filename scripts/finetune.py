@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from bge_accel.checkpoint import BEST, LAST, REQUEUE, STATE, StopSignals, find_checkpoints, interruptible
+from bge_accel.checkpoint import BEST, LAST, REQUEUE, SAVED, STATE, StopSignals, find_checkpoints, interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
 from bge_accel.jobs import from_first, leave_processes, progress
@@ -494,9 +494,11 @@ def main(cfg: Config) -> int:
         atomic_folder,
         choose_checkpoint,
         differences,
+        is_complete,
         keep_best,
         load_optimizer_tensors,
         move_into,
+        note_complete,
         note_saved,
         optimizer_tensors,
         random_state,
@@ -616,6 +618,10 @@ def main(cfg: Config) -> int:
     }
     if cfg.streaming:
         position |= {"num_processes": world, "shuffle_buffer_size": cfg.shuffle_buffer_size}
+    this_run = {"position": position, "settings": settings_of(cfg)}
+    if cfg.resume_from_checkpoint == "latest" and from_first(lambda: is_complete(cfg.output_dir, this_run)):
+        say(f"already complete: {cfg.output_dir} holds the model that this run ends with")
+        return 0
     resumed: dict[str, Any] | None = None
     checkpoint = ""
     if cfg.resume_from_checkpoint is not None:
@@ -920,8 +926,9 @@ def main(cfg: Config) -> int:
         for path in later if cfg.resume_from_checkpoint != "latest" else ():
             say(f"note: {path}, of an earlier run, is removed")
             remove_checkpoint(path)
-        if os.path.exists(os.path.join(cfg.output_dir, REQUEUE)):
-            os.remove(os.path.join(cfg.output_dir, REQUEUE))
+        for name in (REQUEUE, SAVED) if resumed is None else (REQUEUE,):  # begun afresh, it is not complete any more
+            if os.path.exists(os.path.join(cfg.output_dir, name)):
+                os.remove(os.path.join(cfg.output_dir, name))
         with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
             file.write(to_yaml(without_secrets(cfg)))
     if best is not None and best.value is not None and cfg.load_best_model_at_end:
@@ -1272,8 +1279,9 @@ def main(cfg: Config) -> int:
             else:
                 save_model(step, LAST)
             if is_main:
-                name = BEST if cfg.load_best_model_at_end else LAST
-                move_into(os.path.join(cfg.output_dir, name), cfg.output_dir)
+                saved = os.path.join(cfg.output_dir, BEST if cfg.load_best_model_at_end else LAST)
+                note_complete(saved, this_run)
+                move_into(saved, cfg.output_dir)
             accelerator.wait_for_everyone()
         say(f"saved {cfg.output_dir}")
     if log_file is not None:

@@ -550,6 +550,42 @@ def test_other_settings_may_change_and_are_named(
 # ---- where a run begins
 
 
+def everything(folder: Path) -> dict[str, tuple[int, bytes]]:
+    """When each file was written, and what it holds."""
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("kind", ["one process", pytest.param("two processes", marks=pytest.mark.slow)])
+def test_a_complete_run_is_left_as_it_is(
+    tmp_path: Path, data: Path, start: Start, uninterrupted: Callable[[str], Path], kind: str
+) -> None:
+    """Also where it was killed while its model moved in; but not where it is damaged, or another run is asked for."""
+    processes, more = kind_of_run(kind, data)
+    out = tmp_path / "out"
+    shutil.copytree(uninterrupted(kind), out)
+    for step, path in find_checkpoints(str(out)):
+        if step != 24:
+            shutil.rmtree(path)
+    before = everything(out)
+    text = start("out", *more, *LATEST, processes=processes).ends()
+    assert text.count("already complete: out holds the model that this run ends with") == 1
+    assert everything(out) == before
+    if processes > 1:
+        return
+
+    (out / ".moving").mkdir()
+    for name in ("model.safetensors", "tokenizer.json"):
+        (out / name).rename(out / ".moving" / name)
+    assert "already complete" in start("out", *more, *LATEST).ends()
+    assert everything(out) == before
+    (out / "model.safetensors").write_bytes(b"damaged")
+    text = start("out", *more, *LATEST).ends()
+    assert "already complete" not in text and "going on after step 24" in text
+    assert_same_run(out, uninterrupted(kind))
+    text = start("out", *more, *LATEST, "--learning_rate", 2e-3).ends()
+    assert "already complete" not in text and "going on after step 30" in text
+
+
 def test_latest_starts_afresh_where_there_is_no_checkpoint(
     tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
 ) -> None:
