@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bge_accel.config import check_model_path
-from bge_accel.model import read_modules, read_settings
+from bge_accel.model import COMPUTED, read_modules, read_settings
 from bge_accel.reading import Faults, load_json, shorten
 from bge_accel.tensor_files import Layout, TensorFiles
 
@@ -31,7 +31,6 @@ MODEL_TYPES = {
     "reranker": ("AutoModelForSequenceClassification", ("ForSequenceClassification",)),
     "encoder-decoder": ("AutoModelForSeq2SeqLM", ("ForConditionalGeneration", "LMHeadModel")),
 }
-_COMPUTED = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")  # last part of the names of such buffers
 # What may differ in config.json: it changes neither the tensors nor what is computed from them.
 _HARMLESS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "transformers_version", "use_cache", "initializer_range",
@@ -230,7 +229,7 @@ def _plan(models: Sequence[MergeModel], model_type: str, dtype: torch.dtype | No
     plan = MergePlan({}, {}, set())
 
     def is_copied(name: str, layout: Layout) -> bool:
-        return not layout.dtype.is_floating_point or name.rsplit(".", 1)[-1] in _COMPUTED
+        return not layout.dtype.is_floating_point or name.rsplit(".", 1)[-1] in COMPUTED
 
     def may_lack(name: str, layout: Layout) -> bool:
         return is_copied(name, layout) or (model_type == "encoder" and "pooler" in name.split("."))

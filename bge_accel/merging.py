@@ -30,9 +30,12 @@ from bge_accel.merge_plan import (
     MergeModel,
     MergePlan,
     check_models,
+    model_folder,
     module_folders,
     open_models,
+    read_json,
 )
+from bge_accel.model import load_weights
 from bge_accel.reading import shown_name
 from bge_accel.tensor_files import (
     INDEX,
@@ -112,6 +115,8 @@ def mix_models(
     writing: dict[str, Any] = {"normalize": normalize, "dtype": dtype, "max_shard_size": max_shard_size}
     writing |= {"overwrite_output_dir": overwrite_output_dir, "recipe": recipe}
     writing |= {"cache_dir": cache_dir, "token": token}
+    for name in model_names_or_paths[:1]:  # what it has the others have
+        check_complete(name, model_type, cache_dir=cache_dir, token=token, **loading)
     if output_path is not None:
         merge_models(model_names_or_paths, model_type, weights, output_path, **writing)
         return load_merged(output_path, model_type, **loading)
@@ -131,7 +136,23 @@ def load_merged(folder: str, model_type: str, **options: Any) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     loader = getattr(transformers, MODEL_TYPES[model_type][0])
-    return loader.from_pretrained(folder, dtype="auto", **options).eval()
+    return load_weights(loader, folder, needs_pooler=model_type != "encoder", dtype="auto", **options)
+
+
+def check_complete(name: str, model_type: str, *, trust_remote_code: bool = False, **hub: Any) -> None:
+    """Whether a model has all tensors that its configuration asks for, by their names alone.
+
+    Raises:
+        ValueError: it has not; whatever is merged with it would lack them, too.
+    """
+    from transformers import CONFIG_MAPPING
+
+    folder = model_folder(name, **hub)
+    config = read_json(folder, "config.json")
+    if model_type not in MODEL_TYPES or not isinstance(config, dict) or config.get("model_type") not in CONFIG_MAPPING:
+        return
+    if trust_remote_code or not config.get("auto_map"):
+        load_merged(folder, model_type, device_map="meta", trust_remote_code=trust_remote_code)
 
 
 def last_checkpoints(run_dir: str, number: int) -> list[str]:

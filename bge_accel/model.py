@@ -3,7 +3,10 @@
 import importlib.util
 import json
 import os
+import re
 import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,11 +15,16 @@ import torch.nn.functional as F
 
 from bge_accel import last_layer
 from bge_accel.batching import TOKENIZING
-from bge_accel.reading import is_inside, load_json, shorten
+from bge_accel.config import check_model_path
+from bge_accel.jobs import warn
+from bge_accel.reading import first_line, is_inside, load_json, shorten
+from bge_accel.tensor_files import TensorFiles
 from bge_accel.unpadded import PACKED_POOLING_METHODS, pad, pool_packed, why_not
 
 POOLING_METHODS = ("cls", "mean", "last_token")
 MOST_PROGRAMS = 16  # of `compile_layers`
+COMPUTED = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")
+"""How the names of buffers end that the code of models computes itself, whether a file holds them or not."""
 # Our names are FlagEmbedding's; these are sentence-transformers'.
 _POOLING_TO_ST = {"cls": "cls", "mean": "mean", "last_token": "lasttoken"}
 _POOLING_FROM_ST = {
@@ -307,17 +315,14 @@ def load_encoder(
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
     hub = {key: value for key, value in hub.items() if value is not None}
-    try:
+    if config_name is None:
+        check_model_path("the model", model_name_or_path)
+    with loading(f"the model {model_name_or_path!r}"):
         settings = settings or read_settings(model_name_or_path, **hub)
         common = {"trust_remote_code": trust_remote_code, **hub}
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name_or_path, **common)
-        backbone = AutoModel.from_pretrained(model_name_or_path, config=config, dtype=dtype, **common)
-    except OSError as error:
-        raise ValueError(
-            f"cannot load the model {model_name_or_path!r}: it is neither a complete model folder nor to be had from "
-            f"the hub ({str(error).splitlines()[0]})"
-        ) from error
+        backbone = load_weights(AutoModel, model_name_or_path, config=config, dtype=dtype, needs_pooler=False, **common)
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
     )
@@ -335,6 +340,81 @@ def load_encoder(
         backbone.pooler.requires_grad_(False)
     assert settings.pooling is not None and settings.normalize is not None
     return Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Has one line said where a model is neither in its folder nor on the hub (ValueError)."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot load {what}: it is neither a complete model folder nor to be had from the hub ({first_line(error)})"
+        ) from None
+
+
+def load_weights(
+    auto_class: Any,
+    model: str,
+    *,
+    needs_pooler: bool = True,
+    otherwise: str = "the weights and config.json are of different models, or the weights are not complete",
+    **options: Any,
+) -> Any:
+    """A model in evaluation mode with all its weights from its files: nothing that it computes with is made up.
+
+    Args:
+        auto_class: of transformers, like AutoModel.
+        needs_pooler: whether BERT's pooler is computed with; else one that no file holds is left out of the model.
+        otherwise: what else to say where tensors are missing.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: files are damaged, or lack tensors that the configuration asks for, or hold them in other shapes.
+    """
+    from transformers.utils import logging
+
+    wrapper = ""
+    if os.path.isdir(model):
+        with closing(TensorFiles(model)) as files:  # of damaged ones transformers says less, and more at length
+            wrapper = files.wrapper
+    if wrapper:
+        warn(f'{model}: "{wrapper}" stands before the name of every tensor and is taken off')
+        options["key_mapping"] = {f"^{re.escape(wrapper)}": ""}
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what it would warn of is said below
+    try:
+        loaded, found = auto_class.from_pretrained(
+            model, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(name for name in found["missing_keys"] if name.rsplit(".", 1)[-1] not in COMPUTED)
+    of_pooler = [name for name in missing if not needs_pooler and "pooler" in name.split(".")]
+    lacking = [name for name in missing if name not in of_pooler]
+    unused = sorted(name for name in found["unexpected_keys"] if name.rsplit(".", 1)[-1] not in COMPUTED)
+    if lacking:
+        other = f"; they hold {_names(unused)}, which it does not know" if unused else ""
+        raise ValueError(
+            f"{model}: its files lack {_names(lacking)}, which its configuration asks for{other}: {otherwise}"
+        )
+    for name, in_files, asked_for in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"{model}: the shape of {name} is {tuple(in_files)} in its files and {tuple(asked_for)} by its configuration"
+        )
+    if unused:
+        warn(f"{model}: its files hold {_names(unused)}, which a {type(loaded).__name__} does not use")
+    if of_pooler and getattr(loaded, "pooler", None) is not None:
+        loaded.pooler = None
+    if wrapper:
+        loaded._weight_conversions = None  # by which save_pretrained would put it before the names again
+    return loaded.eval()
+
+
+def _names(names: list[str]) -> str:
+    """The first three of some tensors' names, and how many there are."""
+    more = f" and {len(names) - 3:,} more tensors" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def max_positions(config: Any) -> int:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.config import check_model_path
 from bge_accel.jobs import progress
 
 PAIRS_AT_ONCE = 4096  # sorted by length together
@@ -41,37 +42,28 @@ class Reranker:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
         from transformers.utils import logging
 
-        from bge_accel.model import max_positions
+        from bge_accel.model import load_weights, loading, max_positions
         from bge_accel.precision import default_device
 
+        check_model_path("the reranker", model_name_or_path)
         logging.disable_progress_bar()
         common: dict[str, Any] = {"trust_remote_code": trust_remote_code}
         common |= {"cache_dir": cache_dir} if cache_dir is not None else {}
         self.device = torch.device(device) if device is not None else default_device()
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()  # what it would warn of is an error below
-        try:
+        with loading(f"the reranker {model_name_or_path!r}"):
             self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **common)
-            model, info = AutoModelForSequenceClassification.from_pretrained(
-                model_name_or_path, dtype=dtype or torch.float32, output_loading_info=True, **common
-            )
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"cannot load the reranker {model_name_or_path!r}: it is neither a complete model folder nor to be had "
-                f"from the hub ({str(error).splitlines()[0]})"
-            ) from error
-        finally:
-            logging.set_verbosity(verbosity)
-        if info["missing_keys"]:
-            raise ValueError(
-                f"{model_name_or_path} is no reranker: it lacks the weights {', '.join(sorted(info['missing_keys'])[:3])}; "
-                "name a cross-encoder, like BAAI/bge-reranker-base"
+            model = load_weights(
+                AutoModelForSequenceClassification,
+                model_name_or_path,
+                otherwise="it is no reranker; name a cross-encoder, like BAAI/bge-reranker-base",
+                dtype=dtype or torch.float32,
+                **common,
             )
         if model.config.num_labels != 1:
             raise ValueError(
                 f"{model_name_or_path} gives {model.config.num_labels} numbers for a pair: a reranker has to give one"
             )
-        self.model = model.eval().to(self.device)
+        self.model = model.to(self.device)
         self.max_length = min(max_length, max_positions(model.config))
         self.query_max_length = min(query_max_length or self.max_length * 3 // 4, self.max_length - 8)
         self.batch_size, self.normalize = batch_size, normalize

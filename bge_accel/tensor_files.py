@@ -39,6 +39,9 @@ DTYPES = {
 }
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ENDINGS = (".safetensors", ".bin")
+# What DDP, torch.compile and sentence-transformers put before the name of every tensor of the model that they hold.
+_WRAPPERS = re.compile(r"(?:(?:module|_orig_mod|0\.auto_model)\.)+")
+_POINTER = b"version https://git-lfs"  # how the files begin that Git LFS keeps in place of large ones
 _MOST_DIMS = 64  # torch's own limit
 _LONGEST_HEADER = 100_000_000  # the library's own limit
 
@@ -75,6 +78,7 @@ class TensorFiles:
 
     Attributes:
         tensors: the layout of each, by name.
+        wrapper: what stood before every name and has been taken off, like "module." of DDP; mostly "".
 
     Raises:
         ValueError: there are none, or a file is damaged.
@@ -97,6 +101,10 @@ class TensorFiles:
         if wanted is not None and wanted.keys() != self.tensors.keys():
             name = sorted(wanted.keys() ^ self.tensors.keys())[0]
             raise ValueError(f"{self._path(found)} and the files it names differ: {name} is in one of them only")
+        wrapper = _WRAPPERS.match(next(iter(self.tensors), ""))
+        self.wrapper = wrapper[0] if wrapper and all(name.startswith(wrapper[0]) for name in self.tensors) else ""
+        self.tensors = {name.removeprefix(self.wrapper): layout for name, layout in self.tensors.items()}
+        self._places = {name.removeprefix(self.wrapper): place for name, place in self._places.items()}
 
     def read(self, name: str, start: int, into: torch.Tensor) -> None:
         """Reads raw bytes of a tensor.
@@ -145,7 +153,10 @@ class TensorFiles:
     def _open_safetensors(self, path: str) -> None:
         size = os.path.getsize(path)
         with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
+            beginning = file.read(len(_POINTER))
+            _check_not_pointer(path, beginning)
+            length = int.from_bytes(beginning[:8], "little")
+            file.seek(8)
             if size < 8 or length > min(size - 8, _LONGEST_HEADER):
                 raise ValueError(f"{path} is no safetensors file, or it is cut short")
             try:
@@ -173,6 +184,8 @@ class TensorFiles:
         try:
             loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever a damaged or foreign pickle makes of itself
+            with open(path, "rb") as file:
+                _check_not_pointer(path, file.read(len(_POINTER)))
             raise ValueError(
                 f"{path} cannot be read as tensors alone ({first_line(error)}); load it "
                 "where you trust it and save it with save_pretrained"
@@ -196,6 +209,11 @@ class TensorFiles:
         if name in self.tensors:
             raise ValueError(f"{place.path}: the tensor {name} is also in another file of {self.folder}")
         self.tensors[name], self._places[name] = layout, place
+
+
+def _check_not_pointer(path: str, start: bytes) -> None:
+    if start == _POINTER:
+        raise ValueError(f"{path} is a pointer of Git LFS, not the file itself: `git lfs pull` fetches it")
 
 
 def _counts(value: Any) -> list[int] | None:

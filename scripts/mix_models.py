@@ -167,13 +167,14 @@ def main(cfg: Config) -> None:
     with user_errors():
         way = check(cfg)
 
-    from bge_accel.merging import check_output_folder, check_weights, last_checkpoints, merge_models
+    from bge_accel.merging import check_complete, check_output_folder, check_weights, last_checkpoints, merge_models
 
     try:
         with user_errors():
             # ---- models and weights
             models = cfg.model_names_or_paths or last_checkpoints(str(cfg.run_dir), cfg.last_checkpoints or 0)
             check_output_folder(cfg.output_path, models, overwrite=cfg.overwrite_output_dir)
+            check_complete(models[0], cfg.model_type, trust_remote_code=cfg.trust_remote_code, cache_dir=cfg.cache_dir)
             lock_output(cfg.output_path)
             recipe: dict[str, Any] = {}
             if way == "weights":

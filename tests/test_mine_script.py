@@ -365,7 +365,7 @@ def test_mistakes_that_need_the_models(tmp_path, tiny_model):
     for args, expected in [
         (("--model_name_or_path", "no-such/model"), "no-such/model"),
         (("--index_factory", "Flatt"), "FAISS cannot build the index 'Flatt'"),
-        (("--reranker", tiny_model), "is no reranker: it lacks the weights classifier"),
+        (("--reranker", tiny_model), "it is no reranker; name a cross-encoder"),
         (("--query_instruction_for_retrieval", "x", "--query_instruction_format_for_retrieval", "{}"), "format '{}'"),
     ]:
         text = mine(tmp_path, tiny_model, *args).ends(2)

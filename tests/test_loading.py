@@ -1,0 +1,214 @@
+"""Models that are not whole: weights that are missing, damaged or named otherwise."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, build_tiny_model
+from safetensors.torch import load_file, save_file
+from warm_start import Job
+
+from bge_accel import mix_models
+from bge_accel.encoding import EmbeddingModel, weights_digest
+from bge_accel.model import load_encoder, save_encoder
+from bge_accel.reranking import Reranker
+
+TEXTS = ["what is a list?", "the king", "a princess and the king in a story"]
+ROWS = [{"query": f"the king {i}", "pos": [f"a king story {i}"], "neg": [f"list {i}", f"file {i}"]} for i in range(4)]
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 100\n"
+
+
+@pytest.fixture
+def copy_of(tiny_model, tmp_path):
+    """A copy of a model, its tensors and its configuration changed."""
+
+    def copy(change=lambda tensors: tensors, model=tiny_model, name="copy", **config):
+        folder = tmp_path / name
+        shutil.copytree(model, folder)
+        path = folder / "model.safetensors"
+        save_file(change(load_file(path)), path, metadata={"format": "pt"})
+        content = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(content | config))
+        return str(folder)
+
+    return copy
+
+
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+def run_all(tmp_path, model):
+    """What each script says of a model, in one line each, before it ends with status 2."""
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": row["pos"][0]}) + "\n" for row in ROWS))
+    queries = [{"query": row["query"], "positive": row["pos"]} for row in ROWS]
+    (tmp_path / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
+    commands = {
+        "finetune": "--model_name_or_path MODEL --train_data rows.jsonl --output_dir out --max_steps 1 --use_cpu",
+        "mine_hard_negatives": "--model_name_or_path MODEL --input_file rows.jsonl --output_file mined.jsonl "
+        "--range_for_sampling 1-3 --negative_number 1",
+        "evaluate_retrieval": "--encoder MODEL --corpus_data corpus.jsonl --query_data queries.jsonl",
+        "encode_corpus": "--model_name_or_path MODEL --corpus_data corpus.jsonl --output_dir store",
+        "score_with_reranker": "--reranker_name_or_path MODEL --input_file rows.jsonl --output_file scored.jsonl",
+        "mix_models": "--model_names_or_paths MODEL MODEL --weights 0.5 0.5 --output_path merged",
+    }
+    jobs = {}
+    for name, command in commands.items():
+        args = [model if part == "MODEL" else part for part in command.split()]
+        jobs[name] = Job(*args, cwd=tmp_path, script=REPO / "scripts" / f"{name}.py")
+        jobs[name].wait()
+    before = {
+        "rows.jsonl",
+        "corpus.jsonl",
+        "queries.jsonl",
+        Path(model).name,
+        *(job.output.name for job in jobs.values()),
+    }
+    assert {path.name for path in tmp_path.iterdir()} - before <= {"cache"}
+    said = {}
+    for name, job in jobs.items():
+        text = job.ends(2)
+        assert "Traceback" not in text, text
+        [said[name]] = [line for line in text.splitlines() if "error: " in line]
+    return said
+
+
+# ---- missing weights
+
+
+@pytest.mark.parametrize(
+    ("change", "config", "lacking"),
+    [
+        (without("layer.1.output.dense.bias"), {}, "encoder.layer.1.output.dense.bias, which its configuration"),
+        (without("word_embeddings"), {}, "embeddings.word_embeddings.weight, which"),
+        (
+            dict,
+            {"num_hidden_layers": 4},
+            "encoder.layer.2.attention.output.LayerNorm.bias, encoder.layer.2.attention.output.LayerNorm.weight, "
+            "encoder.layer.2.attention.output.dense.bias and 29 more tensors, which",
+        ),
+        (
+            lambda tensors: {f"other.{name}": tensor for name, tensor in tensors.items()},
+            {},
+            "embeddings.LayerNorm.bias, embeddings.LayerNorm.weight, embeddings.position_embeddings.weight and 34 more "
+            "tensors, which its configuration asks for; they hold other.embeddings.LayerNorm.bias, ",
+        ),
+    ],
+    ids=["a bias", "embeddings", "four layers over two", "names"],
+)
+def test_missing_weights_are_never_made_up(copy_of, change, config, lacking, capsys):
+    folder = copy_of(change, **config)
+    for load in (load_encoder, EmbeddingModel, lambda model: mix_models([model, model], "encoder", [0.5, 0.5])):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{folder}: its files lack {lacking}')}"):
+            load(folder)
+    assert "LOAD REPORT" not in capsys.readouterr().err
+
+
+def test_weights_of_another_shape_are_named(copy_of):
+    folder = copy_of(intermediate_size=48)
+    with pytest.raises(
+        ValueError, match=r"the shape of encoder.layer.0.intermediate.dense.bias is \(64,\) in its files"
+    ):
+        load_encoder(folder)
+
+
+def test_a_missing_pooler_is_left_out(copy_of, tiny_model, tmp_path):
+    folder = copy_of(without("pooler"))
+    encoder, tokenizer, settings = load_encoder(folder)
+    assert encoder.backbone.pooler is None
+    assert weights_digest(encoder) == weights_digest(load_encoder(folder)[0])
+    save_encoder(str(tmp_path / "saved"), encoder, tokenizer, settings)
+    assert load_file(tmp_path / "saved" / "model.safetensors").keys() == load_file(f"{folder}/model.safetensors").keys()
+    np.testing.assert_array_equal(EmbeddingModel(folder).encode(TEXTS), EmbeddingModel(tiny_model).encode(TEXTS))
+
+
+def test_a_reranker_needs_its_pooler_and_its_head(copy_of, tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification
+
+    model = build_tiny_model(tmp_path / "reranker")
+    BertForSequenceClassification(BertConfig.from_pretrained(model, num_labels=1)).save_pretrained(model)
+    for part in ("pooler.dense.bias", "classifier.weight"):
+        folder = copy_of(without(part), model=model, name=part)
+        with pytest.raises(ValueError, match=rf"its files lack [\w.]*{part}, which .* it is no reranker; name a cross"):
+            Reranker(folder)
+        with pytest.raises(ValueError, match=f"its files lack .*{part}"):
+            mix_models([folder, folder], "reranker", [0.5, 0.5])
+
+
+def test_tied_weights_are_not_missing(tiny_model, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config(vocab_size=170, n_embd=8, n_layer=1, n_head=1)).save_pretrained(tmp_path / "decoder")
+    assert "lm_head.weight" not in load_file(tmp_path / "decoder" / "model.safetensors")
+    decoder = mix_models([str(tmp_path / "decoder")] * 2, "decoder", [0.5, 0.5])
+    assert torch.equal(decoder.lm_head.weight, decoder.transformer.wte.weight)
+
+
+def test_every_script_refuses_missing_weights_in_one_line(copy_of, tmp_path):
+    folder = copy_of(num_hidden_layers=4)
+    for name, line in run_all(tmp_path, folder).items():
+        lacking = r"(bert\.)?encoder.layer.2.attention.output.LayerNorm.bias"
+        assert re.match(rf"{name}.py: error: (the model: )?{re.escape(folder)}: its files lack {lacking}, ", line), line
+
+
+# ---- weights under other names
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod.", "0.auto_model.", "module.bert."])
+@pytest.mark.parametrize("ending", [".safetensors", ".bin"])
+def test_names_of_ddp_and_torch_compile_are_taken_off(copy_of, tiny_model, tmp_path, wrapper, ending, capsys):
+    folder = copy_of(lambda tensors: {wrapper + name: tensor for name, tensor in tensors.items()})
+    if ending == ".bin":
+        torch.save(load_file(f"{folder}/model.safetensors"), f"{folder}/pytorch_model.bin")
+        Path(folder, "model.safetensors").unlink()
+    encoder, tokenizer, settings = load_encoder(folder)
+    taken_off = wrapper.removesuffix("bert.")
+    assert f'"{taken_off}" stands before the name of every tensor and is taken off' in capsys.readouterr().err
+    original, _, _ = load_encoder(tiny_model)
+    assert weights_digest(encoder) == weights_digest(original)
+    save_encoder(str(tmp_path / "saved"), encoder, tokenizer, settings)
+    mix_models([tiny_model, folder], "encoder", [0.5, 0.5], str(tmp_path / "mixed")) if "bert" not in wrapper else None
+    for saved in ("saved", "mixed")[: 1 + ("bert" not in wrapper)]:
+        names = load_file(tmp_path / saved / "model.safetensors").keys()
+        assert {name.removeprefix("bert.") for name in names} == original.backbone.state_dict().keys()
+
+
+# ---- damaged files
+
+
+@pytest.mark.parametrize("damage", ["cut short", "pointer", "pickled", "pointer in .bin"])
+def test_damaged_weights_are_named_with_their_file(copy_of, damage):
+    folder = Path(copy_of())
+    path = folder / "model.safetensors"
+    expected = "does not hold the whole tensor pooler.dense.weight"
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif damage == "pickled":
+        model = load_encoder(str(folder))[0].backbone
+        path.unlink()
+        path = folder / "pytorch_model.bin"
+        torch.save(model, path)
+        expected = "cannot be read as tensors alone"
+    else:
+        if damage == "pointer in .bin":
+            path.unlink()
+            path = folder / "pytorch_model.bin"
+        path.write_text(POINTER)
+        expected = "is a pointer of Git LFS, not the file itself: `git lfs pull` fetches it"
+    for load in (load_encoder, Reranker, lambda model: mix_models([model, model], "encoder", [0.5, 0.5])):
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path} {expected}')}"):
+            load(str(folder))
+
+
+@pytest.mark.slow
+def test_every_script_names_damaged_weights_in_one_line(copy_of, tmp_path):
+    folder = Path(copy_of())
+    (folder / "model.safetensors").write_text(POINTER)
+    for name, line in run_all(tmp_path, str(folder)).items():
+        assert line.startswith(f"{name}.py: error: {folder}/model.safetensors is a pointer of Git LFS"), line
