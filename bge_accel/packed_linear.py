@@ -14,6 +14,7 @@ import torch
 
 from bge_accel import onednn
 from bge_accel.in_place_gradients import is_linear
+from bge_accel.precision import cpu_has_bf16
 
 # Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
 MIN_TOKENS = 16384
@@ -28,7 +29,7 @@ def can_pack(module: Any) -> bool:
         type(module) is torch.nn.Linear
         and type(module.weight) is torch.nn.Parameter  # not a part of a sharded one
         and module.weight.device.type == "cpu"
-        and module.weight.dtype in (torch.float32, torch.bfloat16)
+        and (module.weight.dtype == torch.float32 or (module.weight.dtype == torch.bfloat16 and cpu_has_bf16()))
         and ("forward" not in module.__dict__ or is_linear(module.__dict__["forward"]))
     )
 

@@ -50,6 +50,16 @@ def start(folder, output_dir, *args, processes=1, cwd=None, corpus="corpus.jsonl
     )
 
 
+def test_bfloat16_where_the_processor_has_none(folder, model, tmp_path):
+    """A processor of 2015, as oneDNN plays it: it emulates, and the rows are nearly those of float32."""
+    flags = ("--model_name_or_path", folder / "model", "--corpus_data", folder / "corpus.jsonl", "--precision", "bf16")
+    env = {"ONEDNN_MAX_CPU_ISA": "AVX2"}
+    said = Job(*flags, "--output_dir", "store", "--max_length", 20, cwd=tmp_path, script=SCRIPT, env=env).ends()
+    assert "this CPU has to emulate bfloat16" in said
+    rows = EmbeddingStore(str(tmp_path / "store"))[:50]
+    assert (rows * model.encode_corpus(TEXTS[:50], max_length=20)).sum(1).min() > 0.99
+
+
 def digests(store):
     """What a folder holds, file by file."""
     return {
