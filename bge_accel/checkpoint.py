@@ -15,12 +15,14 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bge_accel.children import kill_children
+from bge_accel.lock import unlock_outputs
 from bge_accel.reading import is_inside, load_json, shorten
 
 if TYPE_CHECKING:
@@ -475,28 +477,45 @@ class StopSignals:
 
 
 @contextmanager
-def interruptible(kept: str = "") -> Iterator[None]:
-    """Ends the program with status 130 and one line where Ctrl-C was pressed, cleaning up; a second one ends it at once.
+def interruptible(
+    kept: str | Callable[[], str] = "", signals: Sequence[signal.Signals] = (signal.SIGINT,)
+) -> Iterator[None]:
+    """Ends the program with one line and status 130 where Ctrl-C was pressed, cleaning up; a second one ends it at once.
 
     Args:
         kept: what the line says besides, such as how to go on.
+        signals: those that are taken so; the status of another one is 128 and its number.
     """
     pressed: list[float] = []
+    first = signal.SIGINT
 
     def interrupt(number: int, frame: Any) -> None:
+        nonlocal first
         pressed.append(time.monotonic())
         if len(pressed) == 1:
+            first = signal.Signals(number)
             raise KeyboardInterrupt
         if pressed[-1] - pressed[0] > SAME_PRESS_SECONDS:
+            kill_children()
             os._exit(128 + number)
 
-    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
-        signal.signal(signal.SIGINT, interrupt)
+    for number in signals:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
-    except KeyboardInterrupt:
-        _tell(f"stopped by Ctrl-C{f'; {kept}' if kept else ''}")
-        raise SystemExit(128 + signal.SIGINT) from None
+    except BaseException:
+        # Whatever comes of it: FAISS and gloo, interrupted or left by another process, raise errors of their own.
+        if not pressed:
+            raise
+        what = kept if isinstance(kept, str) else kept()
+        by = "Ctrl-C" if first == signal.SIGINT else first.name
+        _tell(f"stopped by {by}{f'; {what}' if what else ''}")
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads would abort an interpreter that ends
+            sys.stdout.flush()
+            unlock_outputs()
+            os._exit(128 + first)
+        raise SystemExit(128 + first) from None
 
 
 def _tell(text: str) -> None:

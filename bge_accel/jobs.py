@@ -231,6 +231,18 @@ def open_work(
         json.dump(fingerprint, file)
 
 
+def what_is_kept(*places: str) -> str:
+    """For the last line of a run that was stopped: where its work is kept, if there is some, and how to go on.
+
+    Args:
+        places: files that are there when something is kept in their folders.
+    """
+    folders = [os.path.dirname(place) for place in places if os.path.exists(place)]
+    if not folders:
+        return "nothing is kept, the same command starts again"
+    return f"what is done is kept in {' and '.join(folders)}, the same command goes on from there"
+
+
 def new_row(
     row: dict[str, Any], negatives: list[str], scores: tuple[list[float], list[float]] | None
 ) -> dict[str, Any]:

@@ -6,6 +6,7 @@ each model's loss over a temperature. One model at a time is in memory.
 
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -347,13 +348,14 @@ def search_mixes(
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: it has to be at least 1")
     scores = []
-    for step in range(num_steps + 1):
-        weight = step / num_steps
-        with tempfile.TemporaryDirectory(prefix="bge_accel_search_") as folder:
-            mixed = os.path.join(folder, "mixed")
+    with tempfile.TemporaryDirectory(prefix="bge_accel_search_") as folder:
+        mixed = os.path.join(folder, "mixed")
+        for step in range(num_steps + 1):
+            weight = step / num_steps
             merge_models([base, tuned], model_type, [1 - weight, weight], mixed, **hub)
             scores.append(MixScore(weight, dev_score(mixed), guard_score(mixed) if guard_score else None))
-        on_score(scores[-1])
+            shutil.rmtree(mixed)
+            on_score(scores[-1])
     return scores
 
 

@@ -28,6 +28,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from bge_accel.checkpoint import interruptible
+
 NUM_TEST = 600  # (query, passage) pairs to hold out, about
 FILES = ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md")
 # Third-party packages, tests (their docstrings name a case, not a behaviour) and byte code. Nothing else has to go:
@@ -282,4 +284,5 @@ if __name__ == "__main__":
         default=default_dir,
         help="folder to write; replaced if it holds an earlier result, refused if it holds anything else (%(default)s)",
     )
-    main(parser.parse_args().output_dir.resolve())
+    with interruptible("nothing was written"):
+        main(parser.parse_args().output_dir.resolve())

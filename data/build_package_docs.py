@@ -16,6 +16,8 @@ from collections import Counter
 from importlib.metadata import distributions
 from pathlib import Path
 
+from bge_accel.checkpoint import interruptible
+
 MIN_WORDS, MAX_WORDS = 25, 200  # of a passage; longer ones are cut
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -101,4 +103,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_dir = Path(__file__).resolve().parent / "package_docs"
     parser.add_argument("--output_dir", type=Path, default=default_dir, help="folder to write (%(default)s)")
-    main(parser.parse_args().output_dir.resolve())
+    with interruptible():
+        main(parser.parse_args().output_dir.resolve())

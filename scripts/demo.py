@@ -14,11 +14,13 @@ command line is printed, to be copied and changed.
 import json
 import os
 import shlex
-import subprocess
+import signal
 import sys
 import time
 from dataclasses import dataclass
 
+from bge_accel.checkpoint import interruptible
+from bge_accel.children import run_child
 from bge_accel.config import check_model_path, option, parse_config, user_errors
 from bge_accel.lock import lock_output
 from bge_accel.report import moved_into_top, side_by_side_table
@@ -51,7 +53,7 @@ def run(script: str, *arguments: object) -> None:
     parts = [script, *(str(argument) for argument in arguments)]
     shown = " ".join(shlex.quote(os.path.relpath(part) if os.path.isabs(part) else part) for part in parts)
     print(f"\n$ python {shown}", flush=True)
-    status = subprocess.run([sys.executable, *parts]).returncode
+    status = run_child([sys.executable, *parts], ends_by=signal.SIGTERM).returncode
     if status:
         raise SystemExit(f"demo.py: the command above failed with status {status}")
 
@@ -155,4 +157,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0])
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with interruptible(f"what is done is in {cfg.output_dir}, the same command starts again", signals):
+        main(cfg)

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -21,6 +22,8 @@ from typing import Any
 
 import finetune  # beside this file
 
+from bge_accel.checkpoint import interruptible
+from bge_accel.children import run_child
 from bge_accel.config import option, parse_config, to_yaml, user_errors
 from bge_accel.refused_flags import REFUSED
 from bge_accel.row_checks import (
@@ -445,9 +448,8 @@ def measure(
             command = [sys.executable, finetune.__file__, "--config", settings]
             # A process's peak starts at its parent's size (Linux, across exec), so a small one stands between.
             between = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
-            done = subprocess.run(
-                [sys.executable, "-c", between, *command], env=environment, capture_output=True, text=True
-            )
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+            done = run_child([sys.executable, "-c", between, *command], env=environment, **pipes)
             if done.returncode:
                 said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
                 seen = (
@@ -568,4 +570,7 @@ def duration(seconds: float) -> str:
 
 if __name__ == "__main__":
     summary, *_, status = __doc__.strip().split("\n\n")
-    sys.exit(main(parse_config(Config, description=f"{summary} {status}", refused=REFUSED)))
+    cfg = parse_config(Config, description=f"{summary} {status}", refused=REFUSED)
+    with interruptible("nothing is kept", (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)):
+        found = main(cfg)
+    sys.exit(found)

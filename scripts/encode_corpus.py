@@ -23,9 +23,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, from_first, leave_processes, progress, warn
+from bge_accel.jobs import SharedCounters, from_first, leave_processes, progress, warn, what_is_kept
 from bge_accel.lock import lock_output
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
@@ -243,5 +244,7 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0])
+    with interruptible(lambda: what_is_kept(f"{cfg.output_dir}/manifest.json")):
+        main(cfg)
     leave_processes()

@@ -36,6 +36,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from bge_accel.checkpoint import interruptible
 from bge_accel.comparison import (
     choose_metric,
     compare,
@@ -53,7 +54,16 @@ from bge_accel.evaluation import (
     score_histogram,
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
-from bge_accel.jobs import Processes, SharedCounters, atomic_file, check_output, gather, leave_processes, warn
+from bge_accel.jobs import (
+    Processes,
+    SharedCounters,
+    atomic_file,
+    check_output,
+    gather,
+    leave_processes,
+    warn,
+    what_is_kept,
+)
 from bge_accel.lock import lock_output
 from bge_accel.reading import Faults, installed_version, shorten, shown_name
 from bge_accel.report import metrics_table, side_by_side_table
@@ -490,5 +500,7 @@ def versions() -> dict[str, str | None]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0])
+    with interruptible(lambda: what_is_kept(*(f"{path}/manifest.json" for path in save_paths(cfg)))):
+        main(cfg)
     leave_processes()

@@ -32,6 +32,7 @@ from typing import Any, Literal
 import numpy as np
 
 from bge_accel.candidates import TextPool, read_pool_texts, text_key, write_pool
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
 from bge_accel.jobs import (
     Processes,
@@ -45,6 +46,7 @@ from bge_accel.jobs import (
     progress,
     rounded,
     warn,
+    what_is_kept,
 )
 from bge_accel.lock import lock_output, locked
 from bge_accel.mining import (
@@ -634,5 +636,11 @@ def sample(query: str, positives: list[tuple[str, float]], negatives: list[tuple
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED)
+    with interruptible(
+        lambda: what_is_kept(
+            f"{cfg.output_file}.mining/fingerprint.json", *([f"{cfg.save_path}/manifest.json"] if cfg.save_path else [])
+        )
+    ):
+        main(cfg)
     leave_processes()

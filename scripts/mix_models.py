@@ -32,6 +32,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.lock import lock_output
 
@@ -290,4 +291,6 @@ def example_settings(cfg: Config) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0])
+    with interruptible("nothing is kept, the same command starts again"):
+        main(cfg)

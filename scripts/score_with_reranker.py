@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
 from bge_accel.jobs import (
     Processes,
@@ -33,6 +34,7 @@ from bge_accel.jobs import (
     progress,
     rounded,
     warn,
+    what_is_kept,
 )
 from bge_accel.lock import lock_output
 from bge_accel.mining import text_histogram
@@ -233,5 +235,7 @@ def write_output(cfg: Config, num_rows: int, parts: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED))
+    cfg = parse_config(Config, description=__doc__.split("\n")[0], refused=REFUSED)
+    with interruptible(lambda: what_is_kept(f"{cfg.output_file}.scoring/fingerprint.json")):
+        main(cfg)
     leave_processes()

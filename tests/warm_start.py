@@ -11,6 +11,7 @@ import runpy
 import signal
 import socket
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -36,6 +37,7 @@ def _become(argv: list[str], cwd: str, env: dict[str, str], output: str, errors:
     sys.stdout = open(1, "w", buffering=1, closefd=False)
     sys.stderr = open(2, "w", buffering=1, closefd=False)
     tqdm.set_lock(threading.RLock())  # its own is shared among processes, and one that is killed would leave it behind
+    tempfile.tempdir = None  # where the environment says, now
     sys.argv = argv
     sys.path[0] = os.path.dirname(argv[0])
     faulthandler.dump_traceback_later(100)  # what it does when it does not end
