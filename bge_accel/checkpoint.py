@@ -53,12 +53,13 @@ _STATE: dict[str, Any] = {
 def atomic_folder(path: str) -> Iterator[str]:
     """Yields a new folder beside `path` to write into; on leaving it is flushed and renamed to `path`.
 
-    A folder that stood there is replaced. After an error nothing new is left.
+    A folder that stood there is replaced. After an error nothing new is left. The folder above is not made: where it has
+    been removed, what was written into it is gone, and that is an error (FileNotFoundError).
     """
     path = os.path.abspath(path)
     aside = f"{path}.incomplete"
     shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
+    os.mkdir(aside)
     try:
         yield aside
         flush_tree(aside)
@@ -98,6 +99,29 @@ def finish_move(target: str) -> None:
         os.replace(os.path.join(source, name), destination)
     os.rmdir(source)
     flush(target)
+
+
+@contextmanager
+def saving_errors(step: int, output_dir: str) -> Iterator[None]:
+    """Ends the program with one clear message where a run's folder cannot be written, or has been removed."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "(os error " not in str(error):  # so say libraries written in Rust
+            raise
+        failed = f"{os.path.basename(sys.argv[0])}: error: saving after step {step} failed: {error}"
+        if not os.path.isdir(output_dir):
+            raise SystemExit(f"{failed}; {output_dir} was removed or moved away while the run wrote into it") from None
+        is_full = getattr(error, "errno", None) in DISK_FULL or f"(os error {errno.ENOSPC})" in str(error)
+        remedy = "Make room" if is_full else "Mend that"
+        if find_checkpoints(output_dir):
+            rest = f"earlier checkpoints are untouched. {remedy}, then go on with --resume_from_checkpoint latest"
+        else:
+            rest = f"no checkpoint had been saved before. {remedy}, then start again"
+        raise SystemExit(f"{failed}; {rest}") from None
+
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def flush_tree(folder: str) -> None:

@@ -20,7 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from bge_accel.checkpoint import SAVED, atomic_folder, find_checkpoints
+from bge_accel.checkpoint import DISK_FULL, SAVED, atomic_folder, find_checkpoints
 from bge_accel.encoding import prefetch
 from bge_accel.jobs import progress
 from bge_accel.lock import is_empty, locked
@@ -212,7 +212,7 @@ def merge_models(
                 # Last: without it nothing loads, so that whatever loads is whole.
                 _write_config(folder, models[0].config, out_dtype)
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if error.errno not in DISK_FULL:
                 raise
             free = shutil.disk_usage(parent).free
             raise OSError(

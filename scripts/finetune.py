@@ -27,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -506,6 +506,7 @@ def main(cfg: Config) -> int:
         read_run_state,
         remove_checkpoint,
         remove_leftovers,
+        saving_errors,
         set_random_state,
         write_manifest,
         write_state,
@@ -933,7 +934,7 @@ def main(cfg: Config) -> int:
             file.write(to_yaml(without_secrets(cfg)))
     if best is not None and best.value is not None and cfg.load_best_model_at_end:
         kept = best.value, best.step
-        with saving_errors(step):
+        with saving_errors(step, cfg.output_dir):
             is_kept = from_first(lambda: keep_best(kept[1], checkpoint, cfg.output_dir))
         if not is_kept:
             best.forget()
@@ -949,23 +950,21 @@ def main(cfg: Config) -> int:
             for key, value in asdict(without_secrets(cfg)).items()
         }
         accelerator.init_trackers("bge_accel", config=flat, init_kwargs=names)
-    log_file, license = None, dict[str, str]()
+    log_path, license = os.path.join(cfg.output_dir, "train_log.jsonl"), dict[str, str]()
     measured: dict[int, dict[str, dict[str, float]]] = {}
     if is_main:
         license = license_of(cfg.model_name_or_path, cache_dir=cfg.cache_dir, token=cfg.token)
-        path = os.path.join(cfg.output_dir, "train_log.jsonl")
         kept = []
-        if resumed is not None and os.path.exists(path):  # what was logged after the checkpoint comes again
-            with open(path, encoding="utf-8") as file:
+        if resumed is not None and os.path.exists(log_path):  # what was logged after the checkpoint comes again
+            with open(log_path, encoding="utf-8") as file:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
             with user_errors():
-                logged = [(line, row) for line in lines if (row := log_row(path, line))["step"] <= step]
+                logged = [(line, row) for line in lines if (row := log_row(log_path, line))["step"] <= step]
             kept = [line for line, _ in logged]
             measured = {row["step"]: row["eval"] for _, row in logged if "eval" in row}
-        with open(f"{path}.part", "w", encoding="utf-8") as file:
+        with open(f"{log_path}.part", "w", encoding="utf-8") as file:
             file.writelines(kept)
-        os.replace(f"{path}.part", path)
-        log_file = open(path, "a", encoding="utf-8")
+        os.replace(f"{log_path}.part", log_path)
 
     amount = "rows from streams" if cfg.streaming else f"{num_rows:,} rows"
     epochs = "" if cfg.streaming else f" ({num_batches * per_batch / num_rows:.2f} epochs)"
@@ -1007,6 +1006,12 @@ def main(cfg: Config) -> int:
         say(
             "note: optimiser, schedule, accumulation, clipping and batch size come from the flags, not DeepSpeed's file"
         )
+
+    def log(record: dict[str, Any]) -> None:
+        """One line of the log; the file is opened anew, as one that has been removed could be written all the same."""
+        if is_main:
+            with saving_errors(record["step"], cfg.output_dir), open(log_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
 
     def save_checkpoint(step: int, num_batches: int, streams: list[dict]) -> None:
         """The model and the state of training as a folder `checkpoint-STEP`; all processes take part."""
@@ -1088,15 +1093,12 @@ def main(cfg: Config) -> int:
         is_best = best.update(step, metrics)
         shown = "  ".join(f"{name} {values[best.metric]:.4f}" for name, values in metrics.items())
         say(f"step {step}/{num_steps}  {best.metric}: {shown}{'  (best so far)' if is_best else ''}  {seconds:.1f} s")
-        if log_file is not None:
-            with saving_errors(step):
-                log_file.write(json.dumps({"step": step, "eval": metrics, "eval_seconds": seconds}) + "\n")
-                log_file.flush()
+        log({"step": step, "eval": metrics, "eval_seconds": seconds})
         if trackers:
             figures = {f"eval/{name}/{key}": value for name, of in metrics.items() for key, value in of.items()}
             accelerator.log(figures | {"eval/seconds": seconds}, step=step)
         if is_best and cfg.load_best_model_at_end:
-            with saving_errors(step):
+            with saving_errors(step, cfg.output_dir):
                 save_model(step, BEST)
         window.start += time.perf_counter() - started  # rates are those of training
 
@@ -1237,10 +1239,7 @@ def main(cfg: Config) -> int:
             }
             window = Window(len(feeds), device)
             say(log_line(record, num_steps))
-            if log_file is not None:
-                with saving_errors(step):
-                    log_file.write(json.dumps(record) + "\n")
-                    log_file.flush()
+            log(record)
             if trackers:
                 figures = {key: value for key, value in record.items() if key not in ("step", "sources")}
                 for name, of_source in record.get("sources", {}).items():
@@ -1255,7 +1254,7 @@ def main(cfg: Config) -> int:
                 is_end = True
         if (due and not is_end) or stopped:
             saved_epoch = epoch_done
-            with saving_errors(step):
+            with saving_errors(step, cfg.output_dir):
                 save_checkpoint(step, index + 1, batch.streams)
         if is_end or stopped:
             break
@@ -1268,12 +1267,13 @@ def main(cfg: Config) -> int:
     # ---- save
     if stopped:
         if is_main:
-            with open(os.path.join(cfg.output_dir, REQUEUE), "w", encoding="utf-8") as file:
+            marker = os.path.join(cfg.output_dir, REQUEUE)
+            with saving_errors(step, cfg.output_dir), open(marker, "w", encoding="utf-8") as file:
                 file.write(f"stopped after step {step}\n")
         why = stop.received or "a signal to another process"
         say(f"stopped by {why}: checkpoint-{step} is saved; go on with --resume_from_checkpoint latest")
     else:
-        with saving_errors(step):
+        with saving_errors(step, cfg.output_dir):
             if best is not None and cfg.load_best_model_at_end:
                 say(f"the best {best.metric} was {best.value:.4f}, after step {best.step}")
             else:
@@ -1284,25 +1284,9 @@ def main(cfg: Config) -> int:
                 move_into(saved, cfg.output_dir)
             accelerator.wait_for_everyone()
         say(f"saved {cfg.output_dir}")
-    if log_file is not None:
-        log_file.close()
     for tracker in accelerator.trackers:
         tracker.finish()
     return 128 + stopped if stopped == signal.SIGINT else 0
-
-
-@contextmanager
-def saving_errors(step: int) -> Iterator[None]:
-    """Ends the program with one clear message where a folder cannot be written."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and "(os error " not in str(error):  # so say libraries written in Rust
-            raise
-        raise SystemExit(
-            f"finetune.py: error: saving after step {step} failed: {error}; earlier checkpoints are untouched. Make room, "
-            "then go on with --resume_from_checkpoint latest"
-        ) from None
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

@@ -718,6 +718,30 @@ def test_a_log_that_does_not_fit_is_said_so(tmp_path: Path, start: Start, uninte
         assert_same_run(disk / "out", uninterrupted("one process"))
 
 
+@pytest.mark.parametrize(
+    ("written", "step", "more"),
+    [
+        ("a line of the log", 3, ()),
+        ("a checkpoint", 4, ("--logging_steps", 100, "--save_steps", 4)),
+        ("a measurement", 4, ("--logging_steps", 100, "--eval_data", "dev.jsonl", "--eval_steps", 4)),
+        ("the model", 6, ("--logging_steps", 100)),
+    ],
+)
+def test_an_output_folder_that_is_removed_is_an_error_at_the_next_thing_written(
+    tmp_path: Path, start: Start, written: str, step: int, more: tuple[object, ...]
+) -> None:
+    write_rows(tmp_path / "dev.jsonl", 10, seed=7)
+    env = {"STOP_AFTER": "3", "STOP_SIGNAL": "SIGSTOP"}
+    job = start("out", "--max_steps", 6, "--save_steps", 100, *more, through=(SPY_ROWS,), env=env)
+    job.wait_until(lambda: is_stopped(job.processes[0].pid))
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    job.send(signal.SIGCONT)
+    text = job.ends(1)
+    assert f"finetune.py: error: saving after step {step} failed: " in text
+    assert "; out was removed or moved away while the run wrote into it\n" in text
+    assert "Traceback" not in text and "latest" not in text and not (tmp_path / "out").exists()
+
+
 def test_an_output_folder_that_cannot_be_written_is_refused_before_the_model_is_looked_at(
     tmp_path: Path, start: Start
 ) -> None:
