@@ -47,7 +47,7 @@ def locked(path: str, *, is_folder: bool = True) -> Iterator[None]:
         yield
         return
     owner, folder = os.getpid(), os.path.dirname(lock)
-    is_new = not os.path.isdir(folder)
+    new = list(_missing(folder))
     try:
         handle, other = _take(lock)
     except OSError as error:
@@ -63,9 +63,16 @@ def locked(path: str, *, is_folder: bool = True) -> Iterator[None]:
                     os.remove(lock)
             _handles.discard(handle)
             os.close(handle)
-            if is_new:
-                with suppress(OSError):  # something has been written there
-                    os.rmdir(folder)
+            with suppress(OSError):  # something has been written there
+                for made in new:
+                    os.rmdir(made)
+
+
+def _missing(folder: str) -> Iterator[str]:
+    """A folder and those above it that are not there, itself first."""
+    while not os.path.isdir(folder):
+        yield folder
+        folder = os.path.dirname(folder)
 
 
 def lock_output(path: str, *, is_folder: bool = True) -> None:
