@@ -20,7 +20,7 @@ from bge_accel.encoding import EmbeddingModel, default_device, encode_texts
 from bge_accel.evaluation import EvaluationData, evaluate_retrieval
 from bge_accel.merge_plan import check_models, open_models
 from bge_accel.merging import check_output_folder, known_arguments, load_merged, merge_models, mix_models
-from bge_accel.model import max_positions, read_settings
+from bge_accel.model import load_tokenizer, max_positions, read_settings
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows, shorten
 from bge_accel.validation import retrieval_from_rows
 
@@ -276,9 +276,7 @@ def decoder_loss(
     Raises:
         ValueError: `max_length` cuts off the whole output of an example.
     """
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     device = default_device()
     model = load_merged(folder, "decoder", trust_remote_code=trust_remote_code).to(device)
     losses = []

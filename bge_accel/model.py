@@ -23,6 +23,7 @@ from bge_accel.unpadded import PACKED_POOLING_METHODS, pad, pool_packed, why_not
 
 POOLING_METHODS = ("cls", "mean", "last_token")
 MOST_PROGRAMS = 16  # of `compile_layers`
+LEAST_VOCABULARY = 3  # tokens beside special ones; without a vocabulary T5's tokenizer has 1, and DeBERTa's 2
 COMPUTED = ("inv_freq", "masked_bias", "position_ids", "token_type_ids")
 """How the names of buffers end that the code of models computes itself, whether a file holds them or not."""
 # Our names are FlagEmbedding's; these are sentence-transformers'.
@@ -310,7 +311,7 @@ def load_encoder(
     Raises:
         ValueError: the model cannot be found or is of a kind that is not supported.
     """
-    from transformers import AutoConfig, AutoModel, AutoTokenizer
+    from transformers import AutoConfig, AutoModel
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
@@ -321,7 +322,7 @@ def load_encoder(
         settings = settings or read_settings(model_name_or_path, **hub)
         common = {"trust_remote_code": trust_remote_code, **hub}
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_name or model_name_or_path, **common)
+        tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
         backbone = load_weights(AutoModel, model_name_or_path, config=config, dtype=dtype, needs_pooler=False, **common)
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
@@ -351,6 +352,33 @@ def loading(what: str) -> Iterator[None]:
         raise ValueError(
             f"cannot load {what}: it is neither a complete model folder nor to be had from the hub ({first_line(error)})"
         ) from None
+
+
+def load_tokenizer(name: str, **options: Any) -> Any:
+    """A tokenizer from a folder or the hub.
+
+    Raises:
+        ValueError: there is none, or it knows no words: from a configuration alone transformers makes a tokenizer that
+            takes every word for an unknown one.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except Exception as error:  # the package tokenizers raises nothing narrower
+        if "trust_remote_code" in str(error) or (isinstance(error, OSError) and not os.path.isdir(name)):
+            raise
+        why = f"it cannot be loaded ({first_line(error)})"
+    else:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        size = len(tokenizer.get_vocab()) if backend is None else backend.get_vocab_size()
+        if size - len(tokenizer.get_added_vocab()) >= LEAST_VOCABULARY:
+            return tokenizer
+        why = "it knows special tokens alone"
+    raise ValueError(
+        f"{name} has no complete tokenizer: {why}; put its files (tokenizer.json, or the vocabulary) beside the model, "
+        "from the model that it was made of; training also takes another with --tokenizer_name"
+    )
 
 
 def load_weights(

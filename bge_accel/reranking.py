@@ -39,10 +39,10 @@ class Reranker:
         cache_dir: str | None = None,
     ) -> None:
         import torch
-        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+        from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
-        from bge_accel.model import load_weights, loading, max_positions
+        from bge_accel.model import load_tokenizer, load_weights, loading, max_positions
         from bge_accel.precision import default_device
 
         check_model_path("the reranker", model_name_or_path)
@@ -51,7 +51,7 @@ class Reranker:
         common |= {"cache_dir": cache_dir} if cache_dir is not None else {}
         self.device = torch.device(device) if device is not None else default_device()
         with loading(f"the reranker {model_name_or_path!r}"):
-            self.tokenizer = AutoTokenizer.from_pretrained(model_name_or_path, **common)
+            self.tokenizer = load_tokenizer(model_name_or_path, **common)
             model = load_weights(
                 AutoModelForSequenceClassification,
                 model_name_or_path,

@@ -1,4 +1,4 @@
-"""Models that are not whole: weights that are missing, damaged or named otherwise."""
+"""Models that are not whole: weights that are missing, damaged or named otherwise, no tokenizer."""
 
 import json
 import re
@@ -42,8 +42,8 @@ def without(part):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
-def run_all(tmp_path, model):
-    """What each script says of a model, in one line each, before it ends with status 2."""
+def run_all(tmp_path, model, scripts=6):
+    """What each of the first scripts says of a model, in one line each, before it ends with status 2."""
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     (tmp_path / "corpus.jsonl").write_text("".join(json.dumps({"text": row["pos"][0]}) + "\n" for row in ROWS))
     queries = [{"query": row["query"], "positive": row["pos"]} for row in ROWS]
@@ -58,7 +58,7 @@ def run_all(tmp_path, model):
         "mix_models": "--model_names_or_paths MODEL MODEL --weights 0.5 0.5 --output_path merged",
     }
     jobs = {}
-    for name, command in commands.items():
+    for name, command in list(commands.items())[:scripts]:
         args = [model if part == "MODEL" else part for part in command.split()]
         jobs[name] = Job(*args, cwd=tmp_path, script=REPO / "scripts" / f"{name}.py")
         jobs[name].wait()
@@ -212,3 +212,74 @@ def test_every_script_names_damaged_weights_in_one_line(copy_of, tmp_path):
     (folder / "model.safetensors").write_text(POINTER)
     for name, line in run_all(tmp_path, str(folder)).items():
         assert line.startswith(f"{name}.py: error: {folder}/model.safetensors is a pointer of Git LFS"), line
+
+
+# ---- tokenizers
+
+
+FAMILIES = {
+    "bert": {},
+    "distilbert": {"dim": 32, "n_layers": 1, "n_heads": 4, "hidden_dim": 64},
+    "electra": {"embedding_size": 16},
+    "roberta": {},
+    "xlm-roberta": {},
+    "deberta-v2": {},
+    "albert": {"embedding_size": 16},
+    "mpnet": {},
+    "modernbert": {"pad_token_id": 0, "bos_token_id": 2, "cls_token_id": 2, "eos_token_id": 3, "sep_token_id": 3},
+    "gpt2": {"n_embd": 32, "n_layer": 1, "n_head": 4},
+    "llama": {},
+    "qwen3": {"head_dim": 8, "num_key_value_heads": 4},
+    "t5": {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+}
+
+
+def build(family, folder, tokenizer=None):
+    """A model of a family with random weights, of one layer and dimension 32."""
+    from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+    torch.manual_seed(0)
+    shape = {
+        "vocab_size": 170,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
+    own = FAMILIES[family]
+    has_own_names = "n_layers" in own or "n_layer" in own or "d_kv" in own
+    shape = {"vocab_size": 170} if has_own_names else shape
+    AutoModel.from_config(AutoConfig.for_model(family, **shape, **own)).save_pretrained(folder)
+    if tokenizer is not None:
+        AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_without_a_tokenizer_is_refused_before_the_weights_are_read(tmp_path, family):
+    folder = build(family, tmp_path / "model")
+    Path(folder, "model.safetensors").write_text(POINTER)
+    with pytest.raises(ValueError, match=f"^{re.escape(folder)} has no complete tokenizer: "):
+        load_encoder(folder)
+
+
+def test_a_tokenizer_that_is_damaged_or_lacks_its_vocabulary_is_refused(copy_of, tiny_model):
+    folder = copy_of()
+    path = Path(folder, "tokenizer.json")
+    path.write_text(path.read_text()[:-100])
+    with pytest.raises(ValueError, match=f"^{re.escape(folder)} has no complete tokenizer: it cannot be loaded"):
+        load_encoder(folder)
+    path.unlink()
+    with pytest.raises(ValueError, match="no complete tokenizer"):  # tokenizer_config.json alone is left
+        Reranker(folder)
+    load_encoder(folder, tokenizer_name=tiny_model)
+
+
+def test_every_script_refuses_a_folder_without_a_tokenizer(copy_of, tmp_path):
+    folder = copy_of()
+    for path in Path(folder).glob("tokenizer*"):
+        path.unlink()
+    for name, line in run_all(tmp_path, folder, scripts=5).items():
+        assert line.startswith(
+            f"{name}.py: error: {folder} has no complete tokenizer: it knows special tokens alone"
+        ), line
