@@ -35,7 +35,7 @@ from bge_accel.merge_plan import (
     open_models,
     read_json,
 )
-from bge_accel.model import load_weights
+from bge_accel.model import encoder_class, load_weights
 from bge_accel.reading import shown_name
 from bge_accel.tensor_files import (
     INDEX,
@@ -136,6 +136,8 @@ def load_merged(folder: str, model_type: str, **options: Any) -> Any:
 
     transformers.utils.logging.disable_progress_bar()
     loader = getattr(transformers, MODEL_TYPES[model_type][0])
+    if model_type == "encoder":
+        loader = encoder_class(read_json(folder, "config.json").get("model_type", ""))
     return load_weights(loader, folder, needs_pooler=model_type != "encoder", dtype="auto", **options)
 
 

@@ -311,7 +311,7 @@ def load_encoder(
     Raises:
         ValueError: the model cannot be found or is of a kind that is not supported.
     """
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
@@ -323,7 +323,14 @@ def load_encoder(
         common = {"trust_remote_code": trust_remote_code, **hub}
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
         tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
-        backbone = load_weights(AutoModel, model_name_or_path, config=config, dtype=dtype, needs_pooler=False, **common)
+        backbone = load_weights(
+            encoder_class(config.model_type),
+            model_name_or_path,
+            config=config,
+            dtype=dtype,
+            needs_pooler=False,
+            **common,
+        )
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
     )
@@ -341,6 +348,13 @@ def load_encoder(
         backbone.pooler.requires_grad_(False)
     assert settings.pooling is not None and settings.normalize is not None
     return Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings
+
+
+def encoder_class(model_type: str) -> Any:
+    """The class of transformers that loads encoders of a type: those of T5 without their decoder."""
+    from transformers import AutoModel, AutoModelForTextEncoding
+
+    return AutoModelForTextEncoding if model_type in ("t5", "mt5", "umt5") else AutoModel
 
 
 @contextmanager
@@ -373,12 +387,22 @@ def load_tokenizer(name: str, **options: Any) -> Any:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         size = len(tokenizer.get_vocab()) if backend is None else backend.get_vocab_size()
         if size - len(tokenizer.get_added_vocab()) >= LEAST_VOCABULARY:
-            return tokenizer
+            return _with_padding(name, tokenizer)
         why = "it knows special tokens alone"
     raise ValueError(
         f"{name} has no complete tokenizer: {why}; put its files (tokenizer.json, or the vocabulary) beside the model, "
         "from the model that it was made of; training also takes another with --tokenizer_name"
     )
+
+
+def _with_padding(name: str, tokenizer: Any) -> Any:
+    """The tokenizer with a padding token, as decoders have none: nothing attends to it, so any will do."""
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"{name}: its tokenizer has neither a padding token nor one that ends a text; add one")
+        warn(f"{name}: its tokenizer has no padding token; the one that ends a text, {tokenizer.eos_token}, is taken")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_weights(

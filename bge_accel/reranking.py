@@ -63,6 +63,8 @@ class Reranker:
             raise ValueError(
                 f"{model_name_or_path} gives {model.config.num_labels} numbers for a pair: a reranker has to give one"
             )
+        if getattr(model.config, "pad_token_id", None) is None:
+            model.config.pad_token_id = self.tokenizer.pad_token_id  # by which decoders find the last token of a pair
         self.model = model.to(self.device)
         self.max_length = min(max_length, max_positions(model.config))
         self.query_max_length = min(query_max_length or self.max_length * 3 // 4, self.max_length - 8)

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from warm_start import Job
 
 from bge_accel import mix_models
-from bge_accel.encoding import EmbeddingModel, weights_digest
+from bge_accel.encoding import EmbeddingModel, encode_texts, weights_digest
 from bge_accel.model import load_encoder, save_encoder
 from bge_accel.reranking import Reranker
 
@@ -283,3 +283,76 @@ def test_every_script_refuses_a_folder_without_a_tokenizer(copy_of, tmp_path):
         assert line.startswith(
             f"{name}.py: error: {folder} has no complete tokenizer: it knows special tokens alone"
         ), line
+
+
+# ---- families
+
+
+def sentence_transformers_embeds(folder, texts):
+    from sentence_transformers import SentenceTransformer
+
+    return SentenceTransformer(folder, device="cpu").encode(texts)
+
+
+@pytest.fixture
+def without_padding(tiny_model, tmp_path):
+    """A Llama, whose tokenizer ends texts and does not pad."""
+    from transformers import AutoTokenizer
+
+    folder = build("llama", tmp_path / "llama", tiny_model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token, tokenizer.eos_token = None, "[SEP]"
+    tokenizer.save_pretrained(folder)
+    assert AutoTokenizer.from_pretrained(folder).pad_token is None
+    return folder
+
+
+def test_where_no_token_pads_the_end_of_text_does(without_padding, tmp_path, capsys):
+    encoder, tokenizer, settings = load_encoder(without_padding, pooling="last_token")
+    note = f"{without_padding}: its tokenizer has no padding token; the one that ends a text, [SEP], is taken"
+    assert capsys.readouterr().err == f"warning: {note}\n" and tokenizer.pad_token == "[SEP]"
+    together = encode_texts(encoder, tokenizer, TEXTS, max_length=32)
+    alone = [encode_texts(encoder, tokenizer, [text], max_length=32)[0] for text in TEXTS]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    saved = str(tmp_path / "saved")
+    save_encoder(saved, encoder, tokenizer, settings)
+    np.testing.assert_allclose(EmbeddingModel(saved).encode(TEXTS), together, atol=1e-6)
+    assert capsys.readouterr().err == ""  # it pads from here on
+    np.testing.assert_allclose(sentence_transformers_embeds(saved, TEXTS), together, atol=1e-5)
+    tokenizer.eos_token = tokenizer.pad_token = None
+    tokenizer.save_pretrained(without_padding)
+    with pytest.raises(ValueError, match="neither a padding token nor one that ends a text"):
+        load_encoder(without_padding)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_an_encoder_of_t5_embeds_as_sentence_transformers(tiny_model, tmp_path, normalize):
+    from transformers import AutoConfig, T5EncoderModel
+
+    folder, saved, mixed = build("t5", tmp_path / "whole", tiny_model), str(tmp_path / "saved"), str(tmp_path / "mixed")
+    encoder, tokenizer, settings = load_encoder(folder, pooling="mean", normalize=normalize)
+    assert type(encoder.backbone) is T5EncoderModel
+    save_encoder(saved, encoder, tokenizer, settings)
+    assert AutoConfig.from_pretrained(saved).architectures == ["T5EncoderModel"]
+    assert not any(name.startswith("decoder") for name in load_file(f"{saved}/model.safetensors"))
+    ours, model = encode_texts(encoder, tokenizer, TEXTS, max_length=32), EmbeddingModel(saved)
+    np.testing.assert_allclose(model.encode(TEXTS), ours, atol=1e-6)
+    np.testing.assert_allclose(sentence_transformers_embeds(saved, TEXTS), ours, atol=1e-5)
+    assert model.dim == 32 and type(mix_models([saved, saved], "encoder", [0.5, 0.5], mixed)) is T5EncoderModel
+    np.testing.assert_allclose(EmbeddingModel(mixed).encode(TEXTS), ours, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["t5", "llama"])
+def test_a_tuned_model_of_another_family_embeds_as_sentence_transformers(
+    tiny_model, without_padding, tmp_path, run_script, family
+):
+    model = without_padding if family == "llama" else build(family, tmp_path / family, tiny_model)
+    pooling = "last_token" if family == "llama" else "mean"
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    run_script("finetune.py", "--model_name_or_path", model, "--train_data", "rows.jsonl", "--output_dir", "tuned",
+               "--max_steps", 2, "--per_device_train_batch_size", 4, "--train_group_size", 2, "--use_cpu",
+               "--query_max_len", 32, "--passage_max_len", 32, "--learning_rate", 1e-2,
+               "--sentence_pooling_method", pooling)  # fmt: skip
+    tuned = EmbeddingModel(str(tmp_path / "tuned")).encode(TEXTS)
+    np.testing.assert_allclose(sentence_transformers_embeds(str(tmp_path / "tuned"), TEXTS), tuned, atol=1e-5)
+    assert np.abs(tuned - EmbeddingModel(model, pooling=pooling).encode(TEXTS)).max() > 1e-3
