@@ -145,11 +145,10 @@ def make_token_batch(
     max_tokens: int,
     max_texts: int | None = None,
     overhead_tokens: int = 96,
-    padding_side: str = "right",
     pad_to_multiple_of: int | None = None,
     packed_for: Any = None,
 ) -> TokenBatch:
-    """Pads token ids into the micro-batches of `plan_micro_batches`.
+    """Pads token ids into the micro-batches of `plan_micro_batches`, on the right, where no text's place depends on others.
 
     Args:
         packed_for: configuration of a model for which `unpadded.pack` will take the padding off again.
@@ -170,9 +169,8 @@ def make_token_batch(
         input_ids = np.full((len(texts), width), pad_token_id, dtype=np.int64)
         attention_mask = np.zeros((len(texts), width), dtype=np.int64)
         for row, i in enumerate(texts):
-            where = slice(width - lengths[i], width) if padding_side == "left" else slice(lengths[i])
-            input_ids[row, where] = token_ids[i]
-            attention_mask[row, where] = 1
+            input_ids[row, : lengths[i]] = token_ids[i]
+            attention_mask[row, : lengths[i]] = 1
         of_texts = sum(lengths[i] for i in texts)
         num_slots += input_ids.size if packed_for is None else num_packed(of_texts, packed_for)
         micro_batches.append(

@@ -158,7 +158,6 @@ def encode_windows(
             batch = make_token_batch(
                 token_ids,
                 pad_token_id=tokenizer.pad_token_id,
-                padding_side=tokenizer.padding_side,
                 max_tokens=min(budget, counts.max_tokens or budget),
                 max_texts=max_texts,
                 packed_for=config if is_unpadded else None,

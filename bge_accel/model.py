@@ -369,7 +369,7 @@ def loading(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
-    """A tokenizer from a folder or the hub.
+    """A tokenizer from a folder or the hub, which pads on the right.
 
     Raises:
         ValueError: there is none, or it knows no words: from a configuration alone transformers makes a tokenizer that
@@ -386,6 +386,8 @@ def load_tokenizer(name: str, **options: Any) -> Any:
     else:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         size = len(tokenizer.get_vocab()) if backend is None else backend.get_vocab_size()
+        # On the left, a model of absolute positions would embed a text by the length of those beside it.
+        tokenizer.padding_side = "right"
         if size - len(tokenizer.get_added_vocab()) >= LEAST_VOCABULARY:
             return _with_padding(name, tokenizer)
         why = "it knows special tokens alone"

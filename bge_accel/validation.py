@@ -92,7 +92,6 @@ def encode_together(
         batch = make_token_batch(
             token_ids,
             pad_token_id=tokenizer.pad_token_id,
-            padding_side=tokenizer.padding_side,
             max_tokens=max_tokens,
         )
         batch = split_micro_batches(batch, largest(len(batch.micro_batches), device))

@@ -825,7 +825,6 @@ def main(cfg: Config) -> int:
             tokens = make_token_batch(
                 token_ids,
                 pad_token_id=tokenizer.pad_token_id,
-                padding_side=tokenizer.padding_side,
                 max_tokens=max_tokens,
                 pad_to_multiple_of=cfg.pad_to_multiple_of,
                 packed_for=encoder.config if is_packed else None,

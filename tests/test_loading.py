@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from warm_start import Job
 
 from bge_accel import mix_models
+from bge_accel.batching import make_token_batch, tokenize
 from bge_accel.encoding import EmbeddingModel, encode_texts, weights_digest
 from bge_accel.model import load_encoder, save_encoder
 from bge_accel.reranking import Reranker
+from bge_accel.transfer import encoder_inputs
 
 TEXTS = ["what is a list?", "the king", "a princess and the king in a story"]
 ROWS = [{"query": f"the king {i}", "pos": [f"a king story {i}"], "neg": [f"list {i}", f"file {i}"]} for i in range(4)]
@@ -356,3 +358,23 @@ def test_a_tuned_model_of_another_family_embeds_as_sentence_transformers(
     tuned = EmbeddingModel(str(tmp_path / "tuned")).encode(TEXTS)
     np.testing.assert_allclose(sentence_transformers_embeds(str(tmp_path / "tuned"), TEXTS), tuned, atol=1e-5)
     assert np.abs(tuned - EmbeddingModel(model, pooling=pooling).encode(TEXTS)).max() > 1e-3
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bert", "distilbert", "roberta", "qwen3"])
+def test_a_text_is_embedded_as_when_it_is_alone(tiny_model, tmp_path, family):
+    """Whatever side the tokenizer pads on: positions that are learnt count from the left."""
+    from transformers import AutoTokenizer
+
+    folder, saved = build(family, tmp_path / family, tiny_model), str(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(folder, padding_side="left").save_pretrained(folder)
+    encoder, tokenizer, settings = load_encoder(folder, pooling="mean")
+    texts = [*TEXTS, "the king is in a story " * 8]
+    alone = np.concatenate([encode_texts(encoder, tokenizer, [text], max_length=64) for text in texts])
+    np.testing.assert_allclose(encode_texts(encoder, tokenizer, texts, max_length=64), alone, atol=1e-5)
+    batch = make_token_batch(tokenize(tokenizer, texts, 64), pad_token_id=0, max_tokens=10**6, overhead_tokens=999)
+    [micro_batch] = batch.micro_batches  # as in training
+    with torch.no_grad():
+        together = encoder(**encoder_inputs(micro_batch, torch.device("cpu")))[batch.restore]
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+    save_encoder(saved, encoder, tokenizer, settings)
+    np.testing.assert_allclose(sentence_transformers_embeds(saved, texts), alone, atol=1e-5)
