@@ -295,6 +295,7 @@ def load_encoder(
     tokenizer_name: str | None = None,
     dtype: torch.dtype = torch.float32,
     longest: int = 0,
+    gradient_checkpointing: bool = False,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> tuple[Encoder, Any, EmbeddingSettings]:
@@ -303,6 +304,7 @@ def load_encoder(
     Args:
         pooling, normalize, query_prefix, passage_prefix: override what the checkpoint says of itself.
         longest: tokens that texts will be cut to; raises the checkpoint's own maximum length where the model can.
+        gradient_checkpointing: recompute activations layer by layer in the backward pass.
         hub: `cache_dir`, `token`, `revision`.
 
     Returns:
@@ -323,6 +325,11 @@ def load_encoder(
         common = {"trust_remote_code": trust_remote_code, **hub}
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
         tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
+        if gradient_checkpointing:
+            with torch.device("meta"):
+                check_gradient_checkpointing(
+                    encoder_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
+                )
         backbone = load_weights(
             encoder_class(config.model_type),
             model_name_or_path,
@@ -331,6 +338,8 @@ def load_encoder(
             needs_pooler=False,
             **common,
         )
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(backbone)
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix
     )
@@ -485,6 +494,15 @@ def _lower_case(tokenizer: Any) -> None:
     normalizer = tokenizer.backend_tokenizer.normalizer
     if normalizer is None or normalizer.normalize_str("A") != "a":
         tokenizer.backend_tokenizer.normalizer = Sequence([Lowercase(), *([normalizer] if normalizer else [])])
+
+
+def check_gradient_checkpointing(backbone: Any) -> None:
+    """Raises ValueError where the code of a model cannot recompute its activations."""
+    if not getattr(backbone, "supports_gradient_checkpointing", False):
+        raise ValueError(
+            f"--gradient_checkpointing: the code of {type(backbone).__name__} has none; leave it out: what does not fit "
+            "--activation_memory_budget is recomputed anyway"
+        )
 
 
 def enable_gradient_checkpointing(backbone: Any) -> None:

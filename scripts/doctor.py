@@ -283,6 +283,7 @@ def read_model(cfg: Config) -> dict[str, Any]:
         tokenizer_name=cfg.tokenizer_name,
         trust_remote_code=cfg.trust_remote_code,
         longest=max(cfg.query_max_len, cfg.passage_max_len),
+        gradient_checkpointing=cfg.gradient_checkpointing,
         **hub,
     )
     tokenizer.model_max_length = 10**9  # texts are tokenised whole

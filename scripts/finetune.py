@@ -521,7 +521,6 @@ def main(cfg: Config) -> int:
     from bge_accel.losses import contrastive_loss, known_positive_pairs, known_to_any
     from bge_accel.model import (
         compile_layers,
-        enable_gradient_checkpointing,
         instruction_prefix,
         load_encoder,
         save_encoder,
@@ -692,6 +691,7 @@ def main(cfg: Config) -> int:
             tokenizer_name=None if checkpoint else cfg.tokenizer_name,
             trust_remote_code=cfg.trust_remote_code,
             longest=max(cfg.query_max_len, cfg.passage_max_len),
+            gradient_checkpointing=cfg.gradient_checkpointing,
             cache_dir=cfg.cache_dir,
             token=cfg.token,
         )
@@ -708,8 +708,6 @@ def main(cfg: Config) -> int:
         for name, parameter in encoder.named_parameters():
             if "position_embeddings" in name:
                 parameter.requires_grad_(False)
-    if cfg.gradient_checkpointing:
-        enable_gradient_checkpointing(encoder.backbone)
     if device.type == "cpu" and cfg.activation_memory_budget != 0:  # where little is kept, it is memory that counts
         keep_freed_memory()
     if device.type == "cpu" and not cfg.torch_compile:  # which cannot look into these

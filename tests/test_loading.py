@@ -14,7 +14,7 @@ from warm_start import Job
 
 from bge_accel import mix_models
 from bge_accel.batching import make_token_batch, tokenize
-from bge_accel.encoding import EmbeddingModel, encode_texts, weights_digest
+from bge_accel.encoding import EmbeddingModel, FlagModel, encode_texts, weights_digest
 from bge_accel.model import load_encoder, save_encoder
 from bge_accel.reranking import Reranker
 from bge_accel.transfer import encoder_inputs
@@ -378,3 +378,25 @@ def test_a_text_is_embedded_as_when_it_is_alone(tiny_model, tmp_path, family):
     np.testing.assert_allclose(together, alone, atol=1e-5)
     save_encoder(saved, encoder, tokenizer, settings)
     np.testing.assert_allclose(sentence_transformers_embeds(saved, texts), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["albert", "mpnet"])
+def test_gradient_checkpointing_that_a_class_has_not_is_refused_before_the_weights_are_read(
+    tiny_model, tmp_path, family
+):
+    folder = build(family, tmp_path / family, tiny_model)
+    load_encoder(folder)
+    Path(folder, "model.safetensors").write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"(?i)^--gradient_checkpointing: the code of {family}model has none"):
+        load_encoder(folder, gradient_checkpointing=True)
+    encoder, _, _ = load_encoder(tiny_model, gradient_checkpointing=True)
+    assert any(getattr(module, "gradient_checkpointing", False) for module in encoder.backbone.modules())
+
+
+@pytest.mark.parametrize("name", ["no/such/x", "./missing", "nobody/nothing"])
+def test_a_model_that_is_nowhere_is_one_error(name):
+    for load in (FlagModel, EmbeddingModel, Reranker):
+        with pytest.raises(ValueError, match=re.escape(name)) as found:
+            load(name)
+        assert "\n" not in str(found.value) and not found.value.__cause__
+        assert found.value.__context__ is None or found.value.__suppress_context__
