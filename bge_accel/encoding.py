@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,7 +18,7 @@ from bge_accel import unpadded
 from bge_accel.batching import TOKENIZING, TokenBatch, default_token_budget, make_token_batch, tokenize
 from bge_accel.jobs import progress
 from bge_accel.lock import locked
-from bge_accel.model import Encoder, instruction_prefix, load_encoder, max_positions
+from bge_accel.model import Encoder, check_lengths, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
 from bge_accel.store import (
@@ -343,6 +343,10 @@ class EmbeddingModel:
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
+        lengths: tokens that calls will cut texts to, checked before the weights are loaded; see `model.check_lengths`.
+
+    Raises:
+        ValueError: see `model.load_encoder`.
 
     `counts` holds how many texts and tokens have been encoded, and how many texts were too long and cut.
     """
@@ -365,6 +369,7 @@ class EmbeddingModel:
         query_max_length: int | None = None,
         passage_max_length: int | None = None,
         convert_to_numpy: bool = True,
+        lengths: Mapping[str, int | None] | None = None,
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
         token: str | None = None,
@@ -374,6 +379,11 @@ class EmbeddingModel:
             warnings.warn(line, stacklevel=2)
         if dtype == "auto":
             dtype, _ = resolve_dtype(fp16=True, bf16=False, device=self.device)
+        own_lengths = {
+            "max_length": max_length,
+            "query_max_length": query_max_length,
+            "passage_max_length": passage_max_length,
+        }
         self.encoder, self.tokenizer, self.settings = load_encoder(
             model_name_or_path,
             pooling=pooling,
@@ -381,6 +391,7 @@ class EmbeddingModel:
             query_prefix=instruction_prefix(query_instruction, query_instruction_format),
             passage_prefix=instruction_prefix(passage_instruction, passage_instruction_format),
             dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            lengths={**own_lengths, **(lengths or {})},
             trust_remote_code=trust_remote_code,
             cache_dir=cache_dir,
             token=token,
@@ -410,7 +421,7 @@ class EmbeddingModel:
         show_progress: bool = False,
     ) -> np.ndarray | torch.Tensor:
         """`encode` with the query instruction before each text."""
-        max_length = max_length or self.query_max_length
+        max_length = self.query_max_length if max_length is None else max_length
         prefix = self.settings.query_prefix
         return self._encode(queries, prefix, batch_size, max_length, convert_to_numpy, show_progress, "queries")
 
@@ -423,7 +434,7 @@ class EmbeddingModel:
         show_progress: bool = False,
     ) -> np.ndarray | torch.Tensor:
         """`encode` with the passage instruction, if the model has one, before each text."""
-        max_length = max_length or self.passage_max_length
+        max_length = self.passage_max_length if max_length is None else max_length
         prefix = self.settings.passage_prefix
         return self._encode(corpus, prefix, batch_size, max_length, convert_to_numpy, show_progress, "passages")
 
@@ -441,7 +452,8 @@ class EmbeddingModel:
         Args:
             sentences: a text gives a vector (dim,), a sequence an array (n, dim), an empty one (0, dim); float32.
             batch_size: at most so many texts in one forward pass; by default a token budget alone decides.
-            max_length: tokens that a text is cut to; never more than the model has positions.
+            max_length: tokens that a text is cut to; never more than the model has positions, and more than its special
+                tokens.
             convert_to_numpy: False gives a torch tensor on the CPU.
             show_progress: a progress bar.
             mteb: what the mteb package calls its encoders with, see `mteb_model.encode_batches`.
@@ -481,7 +493,7 @@ class EmbeddingModel:
             "pooling": self.settings.pooling,
             "normalize": self.settings.normalize,
             "prefix": self.settings.query_prefix if kind == "query" else self.settings.passage_prefix,
-            "max_length": self._length(max_length or own_length),
+            "max_length": self._length(own_length if max_length is None else max_length),
             "texts": texts,
         }
         shard_size = shard_size or choose_shard_size(num_texts, WINDOW, processes)
@@ -559,6 +571,7 @@ class EmbeddingModel:
         return model_meta(self)
 
     def _length(self, max_length: int | None) -> int:
+        check_lengths(self.tokenizer, {"max_length": max_length})
         return min(max_length or self.max_length, max_positions(self.encoder.backbone.config))
 
     def _encode(

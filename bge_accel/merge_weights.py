@@ -169,6 +169,7 @@ def example_losses(
             dtype="float32",
             pooling=said.pooling,
             normalize=said.normalize,
+            lengths={"max_input_length": max_input_length},
             trust_remote_code=trust_remote_code,
         )
         if objective == "loss":

@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -296,6 +296,7 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     longest: int = 0,
     gradient_checkpointing: bool = False,
+    lengths: Mapping[str, int | None] | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> tuple[Encoder, Any, EmbeddingSettings]:
@@ -305,13 +306,14 @@ def load_encoder(
         pooling, normalize, query_prefix, passage_prefix: override what the checkpoint says of itself.
         longest: tokens that texts will be cut to; raises the checkpoint's own maximum length where the model can.
         gradient_checkpointing: recompute activations layer by layer in the backward pass.
+        lengths: see `check_lengths`; looked at before the weights are loaded.
         hub: `cache_dir`, `token`, `revision`.
 
     Returns:
         The encoder in evaluation mode, the tokenizer, and the settings with nothing left open.
 
     Raises:
-        ValueError: the model cannot be found or is of a kind that is not supported.
+        ValueError: the model cannot be found or is of a kind that is not supported; a length leaves nothing of a text.
     """
     from transformers import AutoConfig
     from transformers.utils import logging
@@ -325,6 +327,7 @@ def load_encoder(
         common = {"trust_remote_code": trust_remote_code, **hub}
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
         tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
+        check_lengths(tokenizer, lengths or {})
         if gradient_checkpointing:
             with torch.device("meta"):
                 check_gradient_checkpointing(
@@ -357,6 +360,21 @@ def load_encoder(
         backbone.pooler.requires_grad_(False)
     assert settings.pooling is not None and settings.normalize is not None
     return Encoder(backbone, settings.pooling, settings.normalize).eval(), tokenizer, settings
+
+
+def check_lengths(tokenizer: Any, lengths: Mapping[str, int | None]) -> None:
+    """Raises ValueError where a text would be cut to its special tokens alone, so that all texts would be the same.
+
+    Args:
+        lengths: tokens that texts will be cut to, by the flag or argument that says so; None where it says nothing.
+    """
+    special = tokenizer.num_special_tokens_to_add()
+    for name, length in lengths.items():
+        if length is not None and length <= special:
+            raise ValueError(
+                f"{name} is {length}: the model's tokenizer puts {special} special tokens into each text, so it has to be "
+                f"at least {special + 1}"
+            )
 
 
 def encoder_class(model_type: str) -> Any:

@@ -10,6 +10,7 @@ from bge_accel.config import check_model_path
 from bge_accel.jobs import progress
 
 PAIRS_AT_ONCE = 4096  # sorted by length together
+SHORTEST_PAIR = 16  # tokens: the special ones, and some of the query and of the passage
 
 
 class Reranker:
@@ -22,7 +23,8 @@ class Reranker:
         normalize: scores between 0 and 1, by the logistic function.
 
     Raises:
-        ValueError: the model cannot be found, or it is no cross-encoder with one score a pair.
+        ValueError: the model cannot be found, or it is no cross-encoder with one score a pair; a length leaves nothing of
+            a pair.
     """
 
     def __init__(
@@ -38,6 +40,11 @@ class Reranker:
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
     ) -> None:
+        if max_length < SHORTEST_PAIR:
+            raise ValueError(f"max_length is {max_length}: a pair needs at least {SHORTEST_PAIR} tokens")
+        if query_max_length is not None and query_max_length < 1:
+            raise ValueError(f"query_max_length is {query_max_length}: it has to be at least 1")
+
         import torch
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging

@@ -284,6 +284,7 @@ def read_model(cfg: Config) -> dict[str, Any]:
         trust_remote_code=cfg.trust_remote_code,
         longest=max(cfg.query_max_len, cfg.passage_max_len),
         gradient_checkpointing=cfg.gradient_checkpointing,
+        lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
         **hub,
     )
     tokenizer.model_max_length = 10**9  # texts are tokenised whole

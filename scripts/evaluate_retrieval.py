@@ -340,6 +340,7 @@ def evaluate_encoder(
         normalize=cfg.normalize_embeddings,
         query_instruction=BGE_INSTRUCTION if cfg.add_instruction else cfg.query_instruction_for_retrieval,
         passage_instruction=cfg.passage_instruction_for_retrieval,
+        lengths={f"--{name}": getattr(cfg, name) for name in ("max_query_length", "max_passage_length")},
         trust_remote_code=cfg.trust_remote_code,
         cache_dir=cfg.cache_dir,
     )

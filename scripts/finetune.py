@@ -692,6 +692,7 @@ def main(cfg: Config) -> int:
             trust_remote_code=cfg.trust_remote_code,
             longest=max(cfg.query_max_len, cfg.passage_max_len),
             gradient_checkpointing=cfg.gradient_checkpointing,
+            lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
             cache_dir=cfg.cache_dir,
             token=cfg.token,
         )

@@ -63,6 +63,7 @@ from bge_accel.mining import (
     text_histogram,
 )
 from bge_accel.reading import Faults, find_files, read_rows, shorten, text_id
+from bge_accel.reranking import SHORTEST_PAIR
 from bge_accel.rows import TrainingRows
 from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_manifest
 
@@ -175,7 +176,9 @@ class Config:
         None, "cross-encoder whose scores replace the model's, for filters and --sampling top",
         aliases=["reranker_name_or_path"], group="reranker",
     )  # fmt: skip
-    reranker_max_length: int = option(512, "tokens of a query and a passage together", at_least=16, group="reranker")
+    reranker_max_length: int = option(
+        512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, group="reranker"
+    )
     reranker_query_max_length: int | None = option(
         None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="reranker"
     )
@@ -196,6 +199,7 @@ WAY_OUT = (
     "begin --range_for_sampling lower, loosen the limits of scores and --max_positive_overlap, give more passages by "
     "--candidate_pool, or add --fill_random"
 )
+LENGTHS = ("max_length", "embedder_query_max_length", "embedder_passage_max_length")
 SAMPLE_LENGTH = 400  # characters of a text that --show prints
 NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "plot", "show", "drop_rows_without_negatives",
                       "write_scores", "input_file", "candidate_pool", "save_path")  # fmt: skip
@@ -282,6 +286,7 @@ def main(cfg: Config) -> None:
                 query_instruction=cfg.query_instruction_for_retrieval,
                 query_instruction_format=cfg.query_instruction_format_for_retrieval,
                 passage_instruction=cfg.passage_instruction_for_retrieval,
+                lengths={f"--{name}": getattr(cfg, name) for name in LENGTHS},
                 **hub,
             )
             check_index_factory(cfg.index_factory, model.dim)

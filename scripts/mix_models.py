@@ -279,7 +279,8 @@ def scorer(cfg: Config, kind: Literal["dev", "guard"]) -> Callable[[str], float]
     data = examples_to_retrieve(examples) if files else read_evaluation_data(corpus, queries, qrels)
 
     def ndcg(folder: str) -> float:
-        model = EmbeddingModel(folder, dtype="float32", trust_remote_code=cfg.trust_remote_code)
+        lengths = {"--max_input_length": cfg.max_input_length}
+        model = EmbeddingModel(folder, dtype="float32", lengths=lengths, trust_remote_code=cfg.trust_remote_code)
         return ndcg_at_10(model, data, cfg.max_input_length)
 
     return ndcg

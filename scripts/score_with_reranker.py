@@ -39,6 +39,7 @@ from bge_accel.jobs import (
 from bge_accel.lock import lock_output
 from bge_accel.mining import text_histogram
 from bge_accel.reading import Faults, find_files, read_rows, text_id
+from bge_accel.reranking import SHORTEST_PAIR
 from bge_accel.rows import TrainingRows
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
@@ -82,7 +83,7 @@ class Config:
     trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
     cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
     reranker_max_length: int = option(
-        512, "tokens of a query and a passage together", at_least=16, aliases=["max_length"], group="model"
+        512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, aliases=["max_length"], group="model"
     )
     reranker_query_max_length: int | None = option(
         None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="model"

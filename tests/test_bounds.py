@@ -1,12 +1,14 @@
 """Every number that a script takes has bounds, declared with its flag, and what lies beyond them ends the program."""
 
 import dataclasses
+import json
+import shutil
 import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from conftest import REPO, Run
 from test_documents import SCRIPTS, load_script
 
 from bge_accel.config import Bounds, parse_config
@@ -224,3 +226,44 @@ def test_values_at_the_bounds_and_with_a_minus_are_taken(script: str, flag: str,
         for part in (f"--{field.name}", "x")
     ]
     assert getattr(parse_config(config, [*needed, f"--{flag}", value]), flag) == expected
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "args"),
+    [
+        ("finetune.py", "query_max_len", "--train_data rows.jsonl --output_dir out"),
+        ("finetune.py", "passage_max_len", "--train_data rows.jsonl --output_dir out"),
+        ("mine_hard_negatives.py", "max_length", "--input_file rows.jsonl --output_file out --range_for_sampling 0-1"),
+        (
+            "mine_hard_negatives.py",
+            "embedder_query_max_length",
+            "--input_file rows.jsonl --output_file out --range_for_sampling 0-1",
+        ),
+        ("encode_corpus.py", "max_length", "--corpus_data corpus.jsonl --output_dir out"),
+        ("evaluate_retrieval.py", "max_query_length", "--corpus_data corpus.jsonl --query_data queries.jsonl --k 1"),
+        ("evaluate_retrieval.py", "max_passage_length", "--corpus_data corpus.jsonl --query_data queries.jsonl --k 1"),
+        ("mix_models.py", "max_input_length", "--example_data rows.jsonl --output_path out"),
+        ("mix_models.py", "max_input_length", "--search --dev_data rows.jsonl --output_path out"),
+    ],
+)
+def test_a_length_that_leaves_special_tokens_alone_is_refused_before_weights_are_loaded(
+    tmp_path: Path, tiny_model: str, run_script: Run, script: str, flag: str, args: str
+) -> None:
+    row = {"query": "who", "pos": ["king"], "neg": ["list"]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    (tmp_path / "corpus.jsonl").write_text('{"text": "king"}')
+    (tmp_path / "queries.jsonl").write_text('{"query": "who", "positive": ["king"]}')
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    models: tuple[object, ...] = ("--model_name_or_path", model)
+    if script == "evaluate_retrieval.py":
+        models = ("--encoder", model)
+    if script == "mix_models.py":
+        models = ("--model_names_or_paths", model, tiny_model)
+    else:
+        (model / "model.safetensors").write_bytes(b"no weights")
+    done = run_script(script, *models, *args.split(), f"--{flag}", 2, status=2)
+    assert (
+        f"{flag} is 2: the model's tokenizer puts 2 special tokens into each text, so it has to be at least 3"
+        in (done.stderr.splitlines()[-1])
+    )
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()

@@ -1,9 +1,11 @@
 """Encoding: batches, windows and order change nothing; instructions, lengths and precision are what was asked for."""
 
 import itertools
+import shutil
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -487,3 +489,19 @@ def test_nothing_is_computed_before_the_first_item_is_asked_for():
     prefetch(produced.append(number) or number for number in range(3))
     time.sleep(0.05)
     assert produced == []
+
+
+def test_lengths_that_leave_special_tokens_alone_are_refused(tiny_model: str, tmp_path: Path) -> None:
+    """By the argument's name, and before weights are loaded where the constructor is told."""
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    for name in ("max_length", "query_max_length", "passage_max_length"):
+        for kind in (EmbeddingModel, FlagModel):
+            with pytest.raises(ValueError, match=f"^{name} is 2: .* 2 special tokens .* at least 3$"):
+                kind(str(folder), **{name: 2})
+    model = EmbeddingModel(tiny_model, device="cpu", max_length=3)
+    assert not close(model.encode("king"), model.encode("list"))
+    for call in (model.encode, model.encode_queries, model.encode_corpus):
+        for length in (0, 1, 2):
+            with pytest.raises(ValueError, match=f"^max_length is {length}: "):
+                call(["king"], max_length=length)

@@ -446,3 +446,10 @@ def test_histograms(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_histogram(str(tmp_path / "scores.png"), pos, neg)
     assert (tmp_path / "scores.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_reranker_needs_room_for_query_and_passage():
+    with pytest.raises(ValueError, match=r"^max_length is 15: a pair needs at least 16 tokens$"):
+        Reranker("no-such/model", max_length=15)
+    with pytest.raises(ValueError, match=r"^query_max_length is 0: it has to be at least 1$"):
+        Reranker("no-such/model", query_max_length=0)

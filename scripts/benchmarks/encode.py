@@ -66,7 +66,11 @@ def main(cfg: Config) -> None:
         dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
         # Without the model's instructions: only the encoding itself is compared.
         models = {
-            name: EmbeddingModel(cfg.model_name_or_path, dtype=dtypes[auto if name == "default" else name])
+            name: EmbeddingModel(
+                cfg.model_name_or_path,
+                dtype=dtypes[auto if name == "default" else name],
+                lengths={"--max_length": cfg.max_length},
+            )
             for name in cfg.precisions
         }
     first = next(iter(models.values()))
