@@ -7,6 +7,8 @@ at a time, so that memory does not grow with the corpus.
 import json
 import math
 import os
+import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -51,7 +53,7 @@ def build_index(corpus_emb: Any, index_factory: str = "Flat", *, use_gpu: bool =
         not on_gpu or isinstance(corpus_emb, np.memmap | EmbeddingStore)  # which may be larger than what GPUs hold
     )
     if in_place and isinstance(corpus_emb, EmbeddingStore):
-        return corpus_emb  # only what is finite was written
+        return corpus_emb  # only what is finite was written, and reading finds damage
     blocks = _float32_blocks(corpus_emb, ADD_BLOCK, "passage")
     if in_place:
         for _ in blocks:  # only to see that all are finite
@@ -219,7 +221,8 @@ def save_index(index: Any, path: str, about: dict[str, Any]) -> None:
     faiss.write_index(index, aside)
     os.replace(aside, path)
     with open(aside, "w", encoding="utf-8") as file:
-        json.dump({"num_passages": index.ntotal, "dim": index.d, **about}, file, indent=1, ensure_ascii=False)
+        content = {"num_passages": index.ntotal, "dim": index.d, "crc32": _crc32_of_file(path), **about}
+        json.dump(content, file, indent=1, ensure_ascii=False)
     os.replace(aside, f"{path}.json")
 
 
@@ -227,7 +230,7 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
     """An index that `save_index` wrote.
 
     Raises:
-        ValueError: it is not there, not complete, or was built from something else, naming what differs.
+        ValueError: it is not there, not complete, damaged, or was built from something else, naming what differs.
     """
     faiss = _import_faiss("saved")
     assert faiss is not None
@@ -247,12 +250,26 @@ def load_index(path: str, about: dict[str, Any]) -> Any:
     if lines:
         raise ValueError(other)
     try:
+        if "crc32" not in found:
+            warnings.warn(
+                f"the index {path} has no checksum, it is of an older version: damage may not be seen", stacklevel=2
+            )
+        elif found["crc32"] != _crc32_of_file(path):
+            raise ValueError("it does not have the checksum that was written: it is damaged, or another one")
         index = faiss.read_index(path)
     except (OSError, ValueError, RuntimeError, MemoryError) as error:
         raise ValueError(f"the index {path} cannot be read ({first_line(error)}): build it anew") from None
     if (index.ntotal, index.d) != (found.get("num_passages"), found.get("dim")):
         raise ValueError(other)
     return index
+
+
+def _crc32_of_file(path: str) -> str:
+    crc = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return f"{crc:08x}"
 
 
 def _search_faiss(index: Any, q_emb: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@
 
 A store is a folder with `manifest.json` and `shard-00000.npy`, `shard-00001.npy`, ... of `shard_size` rows each (the
 last of what remains). A shard is written beside, flushed and renamed, so one that is there is whole, and a run that was
-killed goes on with those that are missing. Every shard is a plain NumPy file: `numpy.load(path, mmap_mode="r")`.
+killed goes on with those that are missing. Every shard is a plain NumPy file, `numpy.load(path, mmap_mode="r")`, with a
+checksum behind its numbers.
 """
 
 import glob
@@ -10,6 +11,8 @@ import hashlib
 import io
 import json
 import os
+import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +26,8 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 DTYPES = ("float16", "float32")
 INCOMPLETE = ".incomplete"
+ROWS_AT_ONCE = 8192
+_ENCODE_AGAIN = "remove this file and run what wrote the store again, it encodes what is missing"
 
 # What settings are called in a refusal; those not named here go by their own name.
 _WORDS = {
@@ -91,6 +96,11 @@ class Manifest:
             "shards": self.shards(),
         }
         return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def checksum(crc: int) -> bytes:
+    """What a shard's file ends with: the CRC-32 of all before it. Stores of older versions have none."""
+    return b"\ncrc32 %08x\n" % crc
 
 
 def shard_name(shard: int) -> str:
@@ -233,7 +243,7 @@ def what_is_wrong(folder: str, manifest: Manifest, shard: int) -> str | None:
     expected = len(header) + (stop - start) * manifest.dim * np.dtype(manifest.dtype).itemsize
     if not os.path.isfile(path):
         return "is missing"
-    if os.path.getsize(path) != expected:
+    if os.path.getsize(path) not in (expected, expected + len(checksum(0))):
         return f"has {os.path.getsize(path):,} bytes where {expected:,} were written"
     with open(path, "rb") as file:
         return None if file.read(len(header)) == header else "does not begin as it was written"
@@ -257,8 +267,8 @@ class ShardWriter:
         self.aside = f"{self.path}.{os.getpid()}{INCOMPLETE}"
         self.manifest = manifest
         self.next_row, self.stop = manifest.rows_of(shard)
-        self.file = open(self.aside, "wb")
-        self.file.write(manifest.header_of(shard))
+        self.file, self.crc = open(self.aside, "wb"), 0
+        self._write(manifest.header_of(shard))
 
     def add(self, embeddings: np.ndarray) -> None:
         """Appends rows (n, dim)."""
@@ -277,12 +287,17 @@ class ShardWriter:
                 f"the embedding of text {number} (counted from 0) is not finite: the model overflows in this "
                 "precision (try float32), or its weights are damaged"
             )
-        self.file.write(rows.data)
+        self._write(rows.data)
         self.next_row += len(rows)
+
+    def _write(self, content: bytes | memoryview) -> None:
+        self.crc = zlib.crc32(content, self.crc)
+        self.file.write(content)
 
     def finish(self) -> None:
         """Flushes to disk and gives the shard its name."""
         assert self.next_row == self.stop, f"{self.stop - self.next_row} rows are missing"
+        self.file.write(checksum(self.crc))
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
@@ -297,16 +312,17 @@ class ShardWriter:
 
 
 class EmbeddingStore:
-    """A complete store, read like an array (n, dim): rows come from the mapped files, which are never read whole.
+    """A complete store, read like an array (n, dim): rows come from the mapped files, which are never held whole.
 
-    A slice inside one shard is a view of the file; one that crosses shards, or a choice of rows, is a copy.
+    Before a shard's first row is given out, the shard is read once and compared with its checksum. Where there is none, in
+    stores of older versions, all its numbers have to be finite, and a warning says that no more was looked at. A slice inside one shard is a view of the file; one that crosses shards, or a choice of rows, is a copy.
 
     Args:
         wanted: what the store has to be made of; not compared where it is None.
         ignore: names of settings in which it may differ.
 
     Raises:
-        ValueError: the folder is no store, was made from something else, or is not complete.
+        ValueError: the folder is no store, was made from something else, or is not complete; on reading, a shard is damaged.
     """
 
     ndim = 2
@@ -325,6 +341,7 @@ class EmbeddingStore:
         self.shape = (self.manifest.num_texts, self.manifest.dim)
         self.dtype = np.dtype(self.manifest.dtype)
         self._shards: dict[int, np.ndarray] = {}
+        self._was_noted = False
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -333,14 +350,40 @@ class EmbeddingStore:
         """The rows of one file, mapped (rows, dim)."""
         if number not in self._shards:
             start, stop = self.manifest.rows_of(number)
-            self._shards[number] = np.memmap(
-                os.path.join(self.folder, shard_name(number)),
+            path, header = os.path.join(self.folder, shard_name(number)), self.manifest.header_of(number)
+            rows = np.memmap(
+                path,
                 dtype=self.dtype.newbyteorder("<"),
                 mode="r",
-                offset=len(self.manifest.header_of(number)),
+                offset=len(header),
                 shape=(stop - start, self.shape[1]),
             )
+            with open(path, "rb") as file:
+                file.seek(len(header) + rows.nbytes)
+                written = file.read()
+            if written and written != checksum(zlib.crc32(rows.data, zlib.crc32(header))):
+                raise ValueError(f"{path} is damaged: it does not have the checksum that was written; {_ENCODE_AGAIN}")
+            if not written:
+                self._check_finite(rows, path, start)
+            self._shards[number] = rows
         return self._shards[number]
+
+    def _check_finite(self, rows: np.ndarray, path: str, first: int) -> None:
+        """What can be seen of a shard without a checksum."""
+        if not self._was_noted:
+            self._was_noted = True
+            warnings.warn(
+                f"the embedding store {self.folder} has no checksums, it is of an older version: damage is seen only where "
+                "numbers are not finite; encode afresh to have them",
+                stacklevel=4,
+            )
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            finite = np.isfinite(rows[start : start + ROWS_AT_ONCE]).all(axis=1)
+            if not finite.all():
+                number = first + start + int(finite.argmin())
+                raise ValueError(
+                    f"{path} is damaged: the embedding of text {number} (counted from 0) is not finite; {_ENCODE_AGAIN}"
+                )
 
     def blocks(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """(first row, rows) of at most `size` rows each, all in order; views of the files."""

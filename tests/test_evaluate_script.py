@@ -176,6 +176,23 @@ def test_a_stored_corpus_gives_the_same_result(real_model, tmp_path):
     assert not (tmp_path / "no").exists()
 
 
+def test_a_damaged_store_is_not_measured(tiny_model, tmp_path):
+    """One byte of 38,400."""
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"content": f"story {i}"}) + "\n" for i in range(300)))
+    (tmp_path / "q.jsonl").write_text('{"query": "what is story 7", "positive": ["story 7"]}\n')
+    args = ("--encoder", tiny_model, "--corpus_data", "c.jsonl", "--query_data", "q.jsonl", "--save_path", "store")
+    Job(*args, "--save_embedding", cwd=tmp_path, script=REPO / "scripts" / SCRIPT).ends()
+    with open(tmp_path / "store" / "shard-00000.npy", "r+b") as file:
+        file.seek(20_000)
+        byte = file.read(1)[0]
+        file.seek(20_000)
+        file.write(bytes([byte ^ 64]))
+    (tmp_path / "metrics.json").unlink()
+    said = Job(*args, "--load_embedding", cwd=tmp_path, script=REPO / "scripts" / SCRIPT).ends(2)
+    assert "shard-00000.npy is damaged" in said and "Traceback" not in said and "nDCG" not in said
+    assert not (tmp_path / "metrics.json").exists()
+
+
 def test_finds_what_it_should(run_script, real_model, toy, tmp_path):
     """With a trained encoder every query finds its passage, and the saved folder's own pooling is used."""
     run_script(SCRIPT, "--encoder", real_model, *toy, "--output_file", "m.json")

@@ -1,5 +1,6 @@
 """Search against brute force in float64, with FAISS and without."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import threading
 import warnings
 from importlib.metadata import distributions
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -405,6 +407,11 @@ def test_a_saved_index_answers_alike(index_factory, tmp_path):
     assert sorted(os.listdir(tmp_path / "deep")) == ["index", "index.json"]
     with pytest.raises(ValueError, match='texts: "aa" in the index, "bb" here'):
         load_index(path, about | {"texts": "bb"})
+    whole = bytearray(Path(path).read_bytes())
+    whole[-100] ^= 1
+    Path(path).write_bytes(whole)
+    with pytest.raises(ValueError, match="does not have the checksum that was written"):
+        load_index(path, about)
 
 
 def test_indexes_that_cannot_be_saved_or_loaded(tmp_path):
@@ -417,11 +424,16 @@ def test_indexes_that_cannot_be_saved_or_loaded(tmp_path):
     save_index(build_index(store, "HNSW8"), str(tmp_path / "index"), {})
     save_index(build_index(unit_vectors(10), "HNSW8"), str(tmp_path / "other"), {})
     os.replace(tmp_path / "other", tmp_path / "index")  # the index of one with the description of another
-    with pytest.raises(ValueError, match="built from something else"):
+    with pytest.raises(ValueError, match=r"not have the checksum that was written: it is damaged, or .*anew"):
+        load_index(str(tmp_path / "index"), {})
+    about = json.loads((tmp_path / "index.json").read_text())
+    del about["crc32"]  # as an older version wrote it
+    (tmp_path / "index.json").write_text(json.dumps(about))
+    with pytest.warns(UserWarning, match="no checksum"), pytest.raises(ValueError, match="built from something else"):
         load_index(str(tmp_path / "index"), {})
     with open(tmp_path / "index", "r+b") as file:
         file.truncate(100)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="cannot be read"):
         load_index(str(tmp_path / "index"), {})
 
 

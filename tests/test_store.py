@@ -138,7 +138,10 @@ def test_every_shard_is_a_plain_numpy_file(store, rows):
 
 def test_float16_rounds_to_the_nearest(tmp_path, rows):
     store = EmbeddingStore(write(tmp_path / "half", replace(WANTED, dtype="float16"), rows))
-    assert store.dtype == np.float16 and os.path.getsize(os.path.join(store.folder, shard_name(0))) == 128 + 10 * 3 * 2
+    assert (
+        store.dtype == np.float16
+        and os.path.getsize(os.path.join(store.folder, shard_name(0))) == 128 + 10 * 3 * 2 + 16
+    )
     np.testing.assert_array_equal(store[:], rows.astype(np.float16))
     assert np.abs(store[:].astype(np.float32) - rows).max() <= 2**-11 * np.abs(rows).max()
 
@@ -206,6 +209,68 @@ def test_a_damaged_shard_is_written_again(tmp_path, rows, damage):
     assert prepare_store(folder, WANTED)[1] == [1]
     write(folder, WANTED, rows)
     assert open(path, "rb").read() == whole
+
+
+def overwrite(folder, shard, place, content):
+    with open(os.path.join(folder, shard_name(shard)), "r+b") as file:
+        file.seek(place)
+        file.write(content)
+
+
+def without_checksums(folder):
+    """The same store as an older version wrote it."""
+    for name in os.listdir(folder):
+        if name.startswith("shard-"):
+            path = os.path.join(folder, name)
+            os.truncate(path, os.path.getsize(path) - 16)
+
+
+READERS = {
+    "a slice": lambda store: store[11:13],
+    "one row": lambda store: store[19],
+    "some rows": lambda store: store[[0, 12]],
+    "all": np.asarray,
+    "blocks": lambda store: list(store.blocks(4)),
+    "a part": lambda store: StorePart(store, 5, 12)[:],
+    "a search": lambda store: search(build_index(store), numbers(WANTED)[:2], 3),
+}
+
+
+@pytest.mark.parametrize("read", READERS.values(), ids=list(READERS))
+@pytest.mark.parametrize("damage", ["a bit", "nan", "inf", "the checksum"])
+def test_damaged_numbers_are_not_used(tmp_path, rows, damage, read):
+    """Found before a row of the shard is given out; the other shards are read. Removed, it alone is written again."""
+    folder = write(tmp_path / "store", WANTED, rows)
+    place = 128 + 5 * 12
+    number = rows[15, :1].tobytes()
+    overwrite(folder, 1, *{
+        "a bit": (place, bytes([number[0] ^ 1]) + number[1:]),
+        "nan": (place, np.float32("nan").tobytes()),
+        "inf": (place, np.float32("inf").tobytes()),
+        "the checksum": (128 + 10 * 12 + 8, b"?"),
+    }[damage])  # fmt: skip
+    store = EmbeddingStore(folder)
+    np.testing.assert_array_equal(store[20:], rows[20:])
+    with pytest.raises(ValueError, match=r"shard-00001.npy is damaged: .* remove this file and run .* again"):
+        read(store)
+    os.remove(os.path.join(folder, shard_name(1)))
+    write(folder, WANTED, rows)
+    np.testing.assert_array_equal(EmbeddingStore(folder)[:], rows)
+
+
+def test_a_store_of_an_older_version_is_read_with_a_note(tmp_path, rows):
+    folder = write(tmp_path / "store", WANTED, rows)
+    without_checksums(folder)
+    assert missing_shards(folder, WANTED) == []
+    with pytest.warns(UserWarning, match="has no checksums, it is of an older version") as noted:
+        np.testing.assert_array_equal(EmbeddingStore(folder)[:], rows)
+    assert len(noted) == 1
+    overwrite(folder, 1, 128 + 5 * 12, np.float32("nan").tobytes())
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match=r"embedding of text 15 \(counted from 0\) is not fin"),
+    ):
+        EmbeddingStore(folder)[10:12]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
