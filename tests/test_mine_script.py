@@ -61,7 +61,8 @@ def read(path: Path) -> list[dict]:
 
 
 def mine(tmp_path: Path, model: str, *args: object, name: str = "toy.jsonl", output: str = "mined.jsonl", **how) -> Job:
-    common = ("--model_name_or_path", model, "--input_file", name, "--output_file", output)
+    given = () if "--input_file" in args else ("--input_file", name)
+    common = ("--model_name_or_path", model, *given, "--output_file", output)
     return Job(*common, *args, cwd=tmp_path, script=MINE, **how)
 
 
@@ -319,8 +320,8 @@ def test_scoring_killed_and_resumed(tmp_path, tiny_reranker):
         (["--range_for_sampling", "5"], "--range_for_sampling: the range '5' is not of the form A-B"),
         (["--range_for_sampling", "9-9"], "the range 9-9 is empty"),
         (["--negative_number", "0"], "--negative_number is 0"),
-        (["--relative_margin", "-1"], "--relative_margin is -1.0"),
-        (["--max_positive_overlap", "0"], "--max_positive_overlap is 0.0"),
+        (["--relative_margin", "-1"], "--relative_margin is -1:"),
+        (["--max_positive_overlap", "0"], "--max_positive_overlap is 0:"),
         (["--min_score", "1", "--max_score", "0"], "nothing would be left"),
         (["--sampling", "best"], "'best' is not one of random, top"),
         (["--existing_negatives", "drop"], "'drop' is not one of replace, keep"),
