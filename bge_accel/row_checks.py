@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 from bge_accel.candidates import normalise_text
 from bge_accel.reading import (
     UNREADABLE,
@@ -21,6 +23,7 @@ from bge_accel.reading import (
     raw_lines,
     read_rows,
 )
+from bge_accel.run_plan import FEW_SHORT, repeated_negatives
 
 Severity = Literal["error", "warning", "note"]
 
@@ -54,7 +57,9 @@ class Sample:
     """Place and message of each."""
     num_read: int = 0
     num_rows: int | None = 0
-    """In all of the files; None where nobody knows."""
+    """That the run takes of all of the files; None where nobody knows."""
+    file_sizes: list[int] = field(default_factory=list)
+    """Rows of each file that was read."""
 
     def passages(self) -> Iterable[tuple[int, str]]:
         """Each passage with the number of its row."""
@@ -77,8 +82,11 @@ def _is_positive_among_negatives(fault: str) -> bool:
     return fault.startswith('"neg" holds a text that is also in "pos"')
 
 
-def read_sample(paths: Sequence[str], limit: int, *, seed: int = 0) -> Sample:
+def read_sample(paths: Sequence[str], limit: int, *, seed: int = 0, max_rows_per_file: int | None = None) -> Sample:
     """Up to `limit` rows of the files, drawn at random from each in equal parts, in the order of the files.
+
+    Args:
+        max_rows_per_file: that the run takes, and `num_rows` counts.
 
     Raises:
         ValueError: a path leads nowhere.
@@ -92,6 +100,7 @@ def read_sample(paths: Sequence[str], limit: int, *, seed: int = 0) -> Sample:
     for number, path in enumerate(sorted(files, key=lambda path: sizes[path])):
         taken = _sample_file(path, max(1, left // (len(files) - number)), random.Random(f"{seed}-{path}"), sample)
         left -= taken
+    sample.num_rows = sum(min(count, max_rows_per_file or count) for count in sample.file_sizes)
     return sample
 
 
@@ -125,7 +134,7 @@ def _sample_file(path: str, limit: int, rng: random.Random, sample: Sample) -> i
     for shown in faults.shown:
         where, _, what = shown.partition(": ")
         sample.faults.append((where, what))
-    sample.num_rows = (sample.num_rows or 0) + count
+    sample.file_sizes.append(count)
     return len(chosen)
 
 
@@ -297,8 +306,7 @@ def _negatives(sample: Sample, group_size: int, in_batch_negatives: bool) -> lis
         )  # fmt: skip
     wanted = group_size - 1
     none = [i for i, row in enumerate(sample.rows) if not row.get("neg")]
-    few = [i for i, row in enumerate(sample.rows) if 0 < len(row.get("neg") or []) < wanted]
-    most = max((len(row.get("neg") or []) for row in sample.rows), default=0)
+    few, fills = repeated_negatives(np.array([len(row.get("neg") or []) for row in sample.rows]), group_size)
     found = []
     if in_batch_negatives:
         found += finding(
@@ -314,10 +322,9 @@ def _negatives(sample: Sample, group_size: int, in_batch_negatives: bool) -> lis
             "mine negatives with scripts/mine_hard_negatives.py, or leave out --use_inbatch_neg False",
         )  # fmt: skip
     found += finding(
-        "negatives_repeated", "warning" if len(few) > 0.05 * len(sample.rows) else "note", sample, few,
-        f"have fewer than the {wanted} negatives that --train_group_size {group_size} asks for (at most {most}): "
-        "they are repeated",
-        f"--train_group_size {most + 1}, or mine more" if most < wanted else "mine more, or lower --train_group_size",
+        "negatives_repeated", "warning" if len(few) > FEW_SHORT * len(sample.rows) else "note", sample, few.tolist(),
+        f"have fewer than the {wanted} negatives that --train_group_size {group_size} asks for: they are repeated",
+        f"--train_group_size {fills}, or mine more" if fills < group_size else "mine more for these rows",
     )  # fmt: skip
     return found
 

@@ -130,19 +130,20 @@ class TrainingRows:
     def _parts(self) -> "Iterator[tuple[RowFile, np.ndarray | None]]":
         return zip(self.files, self._chosen, strict=True)
 
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) how many negatives each row has; no text is read."""
+        counts = (
+            file.num_negatives() if chosen is None else file.num_negatives()[chosen] for file, chosen in self._parts()
+        )
+        return np.concatenate(list(counts))
+
     def check_negatives(self) -> int:
         """How many rows have no negatives of their own.
 
         Raises:
             ValueError: for one of them the data has no passage that could serve.
         """
-        starts = iter(self._ends)
-        without: list[int] = []
-        for file, chosen in self._parts():
-            lacking = file.without_negatives()
-            if chosen is not None:
-                lacking = np.flatnonzero(np.isin(chosen, lacking))
-            without += (lacking + next(starts)).tolist()
+        without = np.flatnonzero(self.num_negatives() == 0).tolist()
         if without and len(self) < 10_000:  # with more, some passage always serves
             # The row with most positives is the hardest to serve.
             hardest = max(without, key=lambda index: len(self.known_positives(index)))
@@ -247,9 +248,9 @@ class RowFile:
         """(rows,) `text_id` of each query, int64."""
         return self._column("query_id").to_numpy()
 
-    def without_negatives(self) -> np.ndarray:
-        """Indices of the rows that have none."""
-        return np.flatnonzero(self._count("neg") == 0)
+    def num_negatives(self) -> np.ndarray:
+        """(rows,) how many negatives each row has."""
+        return self._count("neg")
 
     def without_scores(self) -> list[int]:
         """Indices of the rows that lack a teacher's scores of positives or negatives."""

@@ -77,6 +77,9 @@ def merge_small(sources: Sequence[Source], sizes: Sequence[int], small: int, dro
 
     Returns:
         The sources left, and how many rows were dropped.
+
+    Raises:
+        ValueError: none is left.
     """
     kept, together, dropped = [], {}, 0  # type: list[Source], dict[str, list[tuple[Source, int]]], int
     for source, size in zip(sources, sizes, strict=True):
@@ -92,6 +95,8 @@ def merge_small(sources: Sequence[Source], sizes: Sequence[int], small: int, dro
         folder = os.path.dirname(members[0][0].name)
         name = f"{folder}/small files" if folder else "small files"
         kept.append(Source(name=name, path=[path for source, _ in members for path in source.path]))
+    if not kept:
+        raise ValueError(f"all {dropped:,} rows lie in small files and are dropped; lower --drop_threshold")
     return kept, dropped
 
 

@@ -76,17 +76,20 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)  # large ones too come from the heap
 
 
-def automatic_activation_bytes(device: torch.device, num_parameters: int) -> float:
+def automatic_activation_bytes(device: torch.device, num_parameters: int, local_processes: int) -> float:
     """Bytes that activations may take on this process: most of what is free, less what the optimiser will need.
 
     On a GPU 70 % of its free memory, on a CPU half of what the machine has to give, shared among its processes.
+
+    Args:
+        local_processes: of the run on this machine.
     """
     optimizer = 12 * num_parameters  # gradient and two moments, in float32
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return max(0.7 * (free + unused - optimizer), 1.0)
-    return max(0.5 * available_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - optimizer, 1.0)
+    return max(0.5 * available_memory() / local_processes - optimizer, 1.0)
 
 
 def embed_and_backward(

@@ -36,7 +36,8 @@ from bge_accel.row_checks import (
     check_unknown_tokens,
     read_sample,
 )
-from bge_accel.sources import Source, find_sources, merge_small, source_shares
+from bge_accel.run_plan import PlannedSource, RunPlan
+from bge_accel.sources import Source, find_sources, merge_small
 
 # Heavy packages are imported inside main().
 
@@ -66,17 +67,11 @@ class Config(finetune.Config):
     )
 
 
-@dataclass
-class Feed:
-    """One source: its sample, what the run does to it, and the tokens of its rows."""
+@dataclass(kw_only=True)
+class Feed(PlannedSource):
+    """One source with its settings and a sample of its rows."""
 
-    source: Source
     sample: Sample
-    group_size: int
-    batch_size: int
-    in_batch_negatives: bool
-    epochs: float
-    num_rows: int | None
 
 
 def main(cfg: Config) -> int:
@@ -138,19 +133,28 @@ def main(cfg: Config) -> int:
     findings += refusals("model_refused", look_through_model)
 
     # ---- settings
-    if facts_of_model and feeds_with_rows:
-        plan = plan_run(cfg, feeds_with_rows, world)
-        forecast |= plan
+    plans: list[RunPlan] = []
+    if feeds_with_rows and (cfg.max_steps > 0 or not cfg.streaming):
+        findings += refusals("settings_refused", lambda: plans.append(finetune.plan_of(cfg, feeds_with_rows, world)))
+    for plan in plans:
+        forecast |= {
+            "rows": plan.num_rows,
+            "steps": plan.num_steps,
+            "queries_per_step": plan.queries_per_step,
+            "epochs": plan.num_epochs,
+            "negatives_per_query": min(plan.negatives),
+        }
+    for plan in plans if facts_of_model else ():
         findings += check_settings(
             num_parameters=facts_of_model["num_parameters"],
             learning_rate=cfg.learning_rate,
             temperature=cfg.temperature,
             normalize=facts_of_model["settings"].normalize,
-            num_steps=plan["steps"],
-            warmup_steps=cfg.warmup_steps or math.ceil(cfg.warmup_ratio * plan["steps"]),
-            num_rows=plan["rows"],
+            num_steps=plan.num_steps,
+            warmup_steps=cfg.warmup_steps or math.ceil(cfg.warmup_ratio * plan.num_steps),
+            num_rows=plan.num_rows,
             global_queries=max(feed.batch_size for feed in feeds_with_rows) * world,
-            negatives=plan["negatives_per_query"],
+            negatives=min(plan.negatives),
             pooling=facts_of_model["settings"].pooling,
             own_pooling=facts_of_model["own"].pooling,
         )
@@ -162,15 +166,17 @@ def main(cfg: Config) -> int:
         for row in feed.sample.rows
         if not set(row["pos"]).intersection(row.get("neg") or [])
     ]
-    if cfg.measure_steps and row_tokens and sound:
-        free_gb = free_memory_gb(device) / (world if device.type == "cpu" else 1)  # processes share the machine's
+    if cfg.measure_steps and row_tokens and sound and plans:
+        # As many as `accelerate launch` has started here; else all that the run will have.
+        local_processes = cfg.num_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        free_gb = free_memory_gb(device) / (local_processes if device.type == "cpu" else 1)  # shared by all
         print("measuring a few steps of finetune.py ...", file=sys.stderr, flush=True)
         measured = measure(run, cfg.measure_steps, feeds_with_rows, sound, row_tokens, device.type)
         if isinstance(measured, Finding):
             findings.append(measured)
         else:
-            budget = activation_budget_gb(cfg, device, facts_of_model["num_parameters"], world)
-            found, cost = cost_of(cfg, plan, measured, budget, free_gb, row_tokens, world)
+            budget = activation_budget_gb(cfg, device, facts_of_model["num_parameters"], local_processes)
+            found, cost = cost_of(cfg, plans[0], measured, budget, free_gb, row_tokens, world)
             findings += found
             forecast |= cost
 
@@ -235,28 +241,21 @@ def read_feeds(cfg: Config) -> list[Feed]:
     samples = [sample_of(cfg, source, limit) for source in sources]
     if cfg.small_threshold:
         sizes = [sample.num_rows or 0 for sample in samples]
-        sources, dropped = merge_small(sources, sizes, cfg.small_threshold, cfg.drop_threshold)
-        if not sources:
-            raise ValueError(f"all {dropped:,} rows lie in small files and are dropped; lower --drop_threshold")
+        sources, _ = merge_small(sources, sizes, cfg.small_threshold, cfg.drop_threshold)
         samples = [sample_of(cfg, source, limit) for source in sources]
-    return [
-        Feed(
-            source=source,
-            sample=sample,
-            group_size=source.train_group_size or cfg.train_group_size,
-            batch_size=source.per_device_train_batch_size or cfg.per_device_train_batch_size,
-            in_batch_negatives=cfg.use_inbatch_neg if source.use_inbatch_neg is None else source.use_inbatch_neg,
-            epochs=source.epochs or cfg.num_train_epochs,
-            num_rows=None if cfg.streaming else sample.num_rows,
-        )
+    feeds = [
+        Feed.of(source, sample=sample, num_rows=None if cfg.streaming else sample.num_rows,
+                **finetune.settings_of_sources(cfg))
         for source, sample in zip(sources, samples, strict=True)
-    ]
+    ]  # fmt: skip
+    finetune.check_feeds(cfg, feeds)
+    return feeds
 
 
 def sample_of(cfg: Config, source: Source, limit: int) -> Sample:
     """Rows of the files, or of the beginning of a stream that is not on this machine."""
     if not cfg.streaming or all(os.path.exists(path) for path in source.path):
-        return read_sample(source.path, limit, seed=cfg.seed)
+        return read_sample(source.path, limit, seed=cfg.seed, max_rows_per_file=cfg.max_example_num_per_dataset)
     from bge_accel.streaming import RowStream
 
     stream, sample = RowStream(source.path, seed=cfg.seed, buffer_size=min(limit, cfg.shuffle_buffer_size)), Sample()
@@ -346,41 +345,6 @@ def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Fi
         if row in passages_of
     ]
     return found, tokens
-
-
-def plan_run(cfg: Config, feeds: list[Feed], world: int) -> dict[str, Any]:
-    """Rows, steps and negatives, as finetune.py counts them."""
-    sizes = [None if feed.num_rows is None else min(feed.num_rows, cfg.max_example_num_per_dataset) for feed in feeds]
-    known = [size for size in sizes if size is not None]
-    rows = sum(known) if len(known) == len(feeds) else None
-    amounts = [
-        1.0 if size is None else feed.epochs * size / (1 if cfg.mix_sources else feed.batch_size)
-        for feed, size in zip(feeds, sizes, strict=True)
-    ]
-    shares = source_shares([feed.source for feed in feeds], amounts, cfg.sampling_temperature).tolist()
-    per_batch = world * sum(share * feed.batch_size for feed, share in zip(feeds, shares, strict=True))
-    per_step = per_batch * cfg.gradient_accumulation_steps
-    if cfg.max_steps > 0:
-        steps = cfg.max_steps
-    else:
-        total = math.ceil(sum(feed.epochs * (size or 0) for feed, size in zip(feeds, sizes, strict=True)))
-        batches = math.ceil(total / per_batch)
-        steps = math.ceil(batches / cfg.gradient_accumulation_steps)
-        if cfg.dataloader_drop_last:
-            steps = math.floor(total / per_step)
-
-    def negatives(feed: Feed) -> int:
-        if not feed.in_batch_negatives:
-            return feed.group_size - 1
-        return feed.batch_size * (world if cfg.negatives_cross_device else 1) * feed.group_size - 1
-
-    return {
-        "rows": rows,
-        "steps": steps,
-        "queries_per_step": per_step,
-        "epochs": steps * per_step / rows if rows else None,
-        "negatives_per_query": min(map(negatives, feeds)),
-    }
 
 
 def measure(
@@ -477,19 +441,18 @@ def measure(
     return measured
 
 
-def activation_budget_gb(cfg: Config, device: Any, num_parameters: int, world: int) -> float:
+def activation_budget_gb(cfg: Config, device: Any, num_parameters: int, local_processes: int) -> float:
     """GB of activations that finetune.py will keep."""
     if cfg.activation_memory_budget is not None:
         return cfg.activation_memory_budget
     from bge_accel.training import automatic_activation_bytes
 
-    sharing = world if device.type == "cpu" else 1
-    return automatic_activation_bytes(device, num_parameters) / sharing / 1e9
+    return automatic_activation_bytes(device, num_parameters, local_processes) / 1e9
 
 
 def cost_of(
     cfg: Config,
-    plan: dict[str, Any],
+    plan: RunPlan,
     measured: list[Any],
     budget_gb: float,
     free_gb: float,
@@ -500,20 +463,19 @@ def cost_of(
     from bge_accel.doctor import fit_memory, largest_step_tokens, propose_batch
 
     memory, largest = fit_memory(measured, budget_gb), measured[-1]
-    batches = plan["steps"] * cfg.gradient_accumulation_steps
-    batch = round(plan["queries_per_step"] / cfg.gradient_accumulation_steps / world)
-    tokens = largest_step_tokens(row_tokens, batch, batches) / (1 - largest.padding)
+    batch = round(plan.queries_per_batch / world)
+    tokens = largest_step_tokens(row_tokens, batch, plan.num_batches) / (1 - largest.padding)
     peak = memory.peak_gb(tokens)
     per_query = sum(row_tokens) / len(row_tokens)
-    per_step = plan["queries_per_step"] / world * per_query / largest.tokens_per_second
+    per_step = plan.queries_per_step / world * per_query / largest.tokens_per_second
     per_step *= 1 if memory.is_kept(tokens) else 4 / 3
     size, why = propose_batch(
         memory,
         row_tokens,
         padding=largest.padding,
         free_gb=free_gb,
-        num_examples=plan["steps"] * plan["queries_per_step"] if cfg.max_steps < 1 else None,
-        num_rows=plan["rows"],
+        num_examples=plan.num_steps * plan.queries_per_step if cfg.max_steps < 1 else None,
+        num_rows=plan.num_rows,
         world=world,
     )
     found = []
@@ -534,8 +496,8 @@ def cost_of(
         "memory_gb_per_1000_tokens": 1000 * memory.gb_per_token,
         "tokens_per_query": per_query,
         "seconds_per_step": per_step,
-        "seconds_per_epoch": per_step * plan["steps"] / plan["epochs"] if plan["epochs"] else None,
-        "seconds": per_step * plan["steps"],
+        "seconds_per_epoch": per_step * plan.num_steps / plan.num_epochs if plan.num_epochs else None,
+        "seconds": per_step * plan.num_steps,
         "proposed_batch_size": size,
         "proposed_because": why,
         "measured": [asdict(one) for one in measured],

@@ -26,7 +26,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -43,8 +43,9 @@ from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
 from bge_accel.rows import TrainingRows, join_known_positives
+from bge_accel.run_plan import PlannedSource, RunPlan, check_sources, plan_run, repeated_negatives
 from bge_accel.sharding import read_deepspeed_config
-from bge_accel.sources import YAML, Source, SourceSchedule, find_sources, merge_small, source_shares
+from bge_accel.sources import YAML, SourceSchedule, find_sources, merge_small
 from bge_accel.validation import Best, read_eval_sets
 
 if TYPE_CHECKING:
@@ -292,19 +293,13 @@ class Config:
     disable_tqdm: bool = option(False, "no progress bar", group="saving and logging")
 
 
-@dataclass
-class Feed:
+@dataclass(kw_only=True)
+class Feed(PlannedSource):
     """One source of rows, with what the run does to it."""
 
-    source: Source
     rows: TrainingRows | None
     """None for a stream, which is opened later."""
-    stream: "RowStream | None"
-    epochs: float
-    group_size: int
-    batch_size: int
-    """Queries on each process."""
-    in_batch_negatives: bool
+    stream: "RowStream | None" = None
     query_prefix: str = ""
     passage_prefix: str = ""
     order: RowOrder | None = None
@@ -338,6 +333,10 @@ def check(cfg: Config) -> None:
     if (cfg.small_threshold or cfg.drop_threshold) and not cfg.same_dataset_within_batch:
         raise ValueError(
             "--small_threshold and --drop_threshold need --same_dataset_within_batch, else files are one set"
+        )
+    if cfg.small_threshold and cfg.train_data[0].endswith(YAML):
+        raise ValueError(
+            "--small_threshold puts files together; the sources of a YAML file stay as it names them: drop it"
         )
     if cfg.streaming and (cfg.small_threshold or cfg.drop_threshold):
         raise ValueError(
@@ -405,10 +404,6 @@ def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
         ValueError: something is wrong with a source or any row, or settings of sources exclude each other.
     """
     sources = find_sources(cfg.train_data, one_per_file=cfg.same_dataset_within_batch)
-    if cfg.small_threshold and cfg.train_data[0].endswith(YAML):
-        raise ValueError(
-            "--small_threshold puts files together; the sources of a YAML file stay as it names them: drop it"
-        )
 
     def read(paths: list[str]) -> TrainingRows:
         return TrainingRows(
@@ -428,46 +423,52 @@ def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
         if cfg.small_threshold:
             sizes = [len(rows_of_source) for rows_of_source in checked]
             sources, dropped = merge_small(sources, sizes, cfg.small_threshold, cfg.drop_threshold)
-            if not sources:
-                raise ValueError(f"all {dropped:,} rows lie in small files and are dropped; lower --drop_threshold")
             checked = [read(source.path) for source in sources]
         join_known_positives(checked)
         rows = list(checked)
     feeds = [
-        Feed(
-            source=source,
-            rows=rows_of_source,
-            stream=None,
-            epochs=source.epochs or cfg.num_train_epochs,
-            group_size=source.train_group_size or cfg.train_group_size,
-            batch_size=source.per_device_train_batch_size or cfg.per_device_train_batch_size,
-            in_batch_negatives=cfg.use_inbatch_neg if source.use_inbatch_neg is None else source.use_inbatch_neg,
+        Feed.of(
+            source, rows=of_source, num_rows=None if of_source is None else len(of_source), **settings_of_sources(cfg)
         )
-        for source, rows_of_source in zip(sources, rows, strict=True)
+        for source, of_source in zip(sources, rows, strict=True)
     ]
-    for feed in feeds:
-        name = feed.source.name
-        if not feed.in_batch_negatives and feed.group_size == 1:
-            raise ValueError(f"source {name!r}: a group of 1 without in-batch negatives leaves nothing to learn from")
-        if cfg.knowledge_distillation and feed.group_size == 1:
-            raise ValueError(
-                f"source {name!r}: --knowledge_distillation compares the passages of a group; 1 is too few"
-            )
-        if cfg.streaming and feed.source.epochs is not None:
-            raise ValueError(
-                f"source {name!r}: nobody knows how long an epoch of a stream is; give the sources weights"
-            )
-        if cfg.mix_sources:
-            for setting in ("group_size", "batch_size", "in_batch_negatives"):
-                values = getattr(feeds[0], setting), getattr(feed, setting)
-                if values[0] != values[1]:
-                    raise ValueError(
-                        f"source {name!r}: --mix_sources puts all sources into one batch, but their {setting} differ: "
-                        f"{values[0]} and {values[1]}"
-                    )
-        if cfg.sampling_temperature != 1 and (feed.source.weight or feed.source.epochs):
-            raise ValueError("--sampling_temperature and a source's weight or epochs exclude each other; leave one out")
+    check_feeds(cfg, feeds)
     return feeds, dropped
+
+
+def settings_of_sources(cfg: Config) -> dict[str, Any]:
+    """What holds for sources that say nothing else."""
+    return {
+        "epochs": cfg.num_train_epochs,
+        "group_size": cfg.train_group_size,
+        "batch_size": cfg.per_device_train_batch_size,
+        "in_batch_negatives": cfg.use_inbatch_neg,
+    }
+
+
+def check_feeds(cfg: Config, sources: Sequence[PlannedSource]) -> None:
+    """Raises ValueError where settings of sources exclude each other, or those of the run."""
+    check_sources(
+        sources,
+        mixed=cfg.mix_sources,
+        streamed=cfg.streaming,
+        distils=cfg.knowledge_distillation,
+        sampling_temperature=cfg.sampling_temperature,
+    )
+
+
+def plan_of(cfg: Config, sources: Sequence[PlannedSource], num_processes: int) -> RunPlan:
+    """How much of what comes in the run; the doctor asks it too."""
+    return plan_run(
+        sources,
+        num_processes=num_processes,
+        max_steps=cfg.max_steps,
+        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
+        drop_last=cfg.dataloader_drop_last,
+        mixed=cfg.mix_sources,
+        sampling_temperature=cfg.sampling_temperature,
+        negatives_cross_device=cfg.negatives_cross_device,
+    )
 
 
 def main(cfg: Config) -> int:
@@ -587,6 +588,10 @@ def main(cfg: Config) -> int:
         say(f"note: {warning}")
     set_seed((cfg.seed + rank) % 2**32)  # NumPy takes no more
 
+    with user_errors():
+        plan = plan_of(cfg, feeds, world)
+    num_rows, num_steps, num_batches = plan.num_rows or 0, plan.num_steps, plan.num_batches
+
     # ---- no other run may write into the folder from here to the end; one may have, while the rows were read
     def begin() -> None:
         lock_output(cfg.output_dir)
@@ -596,12 +601,6 @@ def main(cfg: Config) -> int:
         from_first(begin)
 
     # ---- where to go on
-    num_rows = sum(len(feed.rows) for feed in feeds if feed.rows)
-    amounts = [
-        feed.epochs * len(feed.rows) / (1 if cfg.mix_sources else feed.batch_size) if feed.rows else 1.0
-        for feed in feeds
-    ]
-    shares = source_shares([feed.source for feed in feeds], amounts, cfg.sampling_temperature)
     # All that the place of a row in the run depends on.
     position = {
         "seed": cfg.seed,
@@ -613,7 +612,7 @@ def main(cfg: Config) -> int:
                 "share": share,
                 "global_batch_size": feed.batch_size * world,
             }
-            for feed, share in zip(feeds, shares.tolist(), strict=True)
+            for feed, share in zip(feeds, plan.shares.tolist(), strict=True)
         },
     }
     if cfg.streaming:
@@ -736,26 +735,7 @@ def main(cfg: Config) -> int:
             feed.order = RowOrder(len(feed.rows), cfg.seed)
 
     # ---- batches: a pure function of (seed, batch index), prepared in a background thread
-    schedule = SourceSchedule(shares, cfg.seed)
-    per_batch = world * sum(share * feed.batch_size for feed, share in zip(feeds, shares.tolist(), strict=True))
-    total_rows = math.ceil(sum(feed.epochs * len(feed.rows) for feed in feeds if feed.rows))
-    if cfg.max_steps > 0:  # the loop goes on until so many steps are taken
-        num_batches = cfg.max_steps * cfg.gradient_accumulation_steps
-    elif cfg.dataloader_drop_last:
-        per_step = per_batch * cfg.gradient_accumulation_steps
-        num_batches = math.floor(total_rows / per_step) * cfg.gradient_accumulation_steps
-    else:
-        num_batches = math.ceil(total_rows / per_batch)
-    with user_errors():
-        if num_batches == 0:
-            raise ValueError(
-                f"{num_rows} rows x {cfg.num_train_epochs:g} epochs do not fill one step of {per_batch:g} queries x "
-                f"{cfg.gradient_accumulation_steps}; lower --per_device_train_batch_size or leave out "
-                "--dataloader_drop_last"
-            )
-    num_steps = math.ceil(num_batches / cfg.gradient_accumulation_steps)
-    has_end = cfg.max_steps < 1 and not cfg.dataloader_drop_last and (cfg.mix_sources or len(feeds) == 1)
-    end_of_data = total_rows if has_end else None
+    schedule = SourceSchedule(plan.shares, cfg.seed)
     max_tokens = cfg.max_tokens_per_micro_batch or default_token_budget(
         device,
         encoder.config,
@@ -792,7 +772,7 @@ def main(cfg: Config) -> int:
             source, turn = (0, index) if cfg.mix_sources else schedule[index]
             lead = feeds[source]
             examples, sources = [], []
-            where = (turn, lead.batch_size, world, rank, end_of_data)
+            where = (turn, lead.batch_size, world, rank, plan.end_of_data)
             for place in batch_positions(*where) if cfg.streaming else balanced_positions(*where, cost_in(source)):
                 if cfg.mix_sources:
                     source, place = schedule[place]
@@ -874,7 +854,8 @@ def main(cfg: Config) -> int:
         activations = ActivationBudget(cfg.activation_memory_budget * 1e9)
     else:
         num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
-        activations = ActivationBudget(automatic_activation_bytes(device, num_parameters))
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        activations = ActivationBudget(automatic_activation_bytes(device, num_parameters, local_processes))
 
     # ---- go on where the checkpoint stood
     step, skipped, saved_epoch, first_batch = 0, 0, 0, 0
@@ -965,21 +946,21 @@ def main(cfg: Config) -> int:
         os.replace(f"{log_path}.part", log_path)
 
     amount = "rows from streams" if cfg.streaming else f"{num_rows:,} rows"
-    epochs = "" if cfg.streaming else f" ({num_batches * per_batch / num_rows:.2f} epochs)"
+    epochs = f" ({plan.num_epochs:.2f} epochs)" if plan.num_epochs is not None else ""
     say(
-        f"{amount}, {num_steps:,} steps{epochs}, global batch {per_batch * cfg.gradient_accumulation_steps:g} queries "
-        f"({world} process(es) x {per_batch / world:g} x {cfg.gradient_accumulation_steps} accumulated); each query meets "
-        f"{negatives_met(cfg, feeds[0], world)} negatives; {settings.pooling} pooling, "
+        f"{amount}, {num_steps:,} steps{epochs}, global batch {plan.queries_per_step:g} queries "
+        f"({world} process(es) x {plan.queries_per_batch / world:g} x {cfg.gradient_accumulation_steps} accumulated); each query meets "
+        f"{plan.met(0)}; {settings.pooling} pooling, "
         f"{'' if settings.normalize else 'not '}normalised, temperature {temperature:g}; "
         f"{computes_in} on {device.type}; query "
         f"instruction {shorten(settings.query_prefix)}"
     )
     for name, held_out in eval_sets.items():
         say(f"  measured on {name}: {len(held_out.queries.ids):,} queries among {len(held_out.corpus.ids):,} passages")
-    for feed, share in zip(feeds if len(feeds) > 1 else (), shares.tolist(), strict=False):
+    for number, (feed, share) in enumerate(zip(feeds if len(feeds) > 1 else (), plan.shares.tolist(), strict=False)):
         say(
             f"  {share:.1%} {feed.source.name}: {f'{len(feed.rows):,} rows' if feed.rows else 'a stream'}, {feed.batch_size} "
-            f"queries a process, each meets {negatives_met(cfg, feed, world)} negatives; query instruction "
+            f"queries a process, each meets {plan.met(number)}; query instruction "
             f"{shorten(feed.query_prefix)}"
         )
     if resumed is not None:
@@ -994,6 +975,9 @@ def main(cfg: Config) -> int:
         say("note: --max_example_num_per_dataset has no effect on streams")
     if rows_without_negatives:
         say(f"note: {rows_without_negatives:,} rows have no negatives; theirs are drawn from other rows' passages")
+    for feed in feeds:
+        if feed.rows and (note := too_few_negatives(feed.rows, feed.group_size)):
+            say(f"note: {f'{feed.source.name}: ' if len(feeds) > 1 else ''}{note}")
     if cfg.use_inbatch_neg and any("no_in_batch_neg" in os.path.abspath(path) for path in cfg.train_data):
         say(
             "note: a folder's name turns nothing off here: for data without in-batch negatives, --use_inbatch_neg False"
@@ -1216,7 +1200,7 @@ def main(cfg: Config) -> int:
         stopped = 0 if is_end else largest(stop.number, device)
         if skips and not is_end and not stopped:
             continue
-        epoch = max(batch.passes) if cfg.streaming else (index + 1) * per_batch / num_rows
+        epoch = max(batch.passes) if cfg.streaming else (index + 1) * plan.queries_per_batch / num_rows
         epoch_done = int(epoch)
         logged = step % cfg.logging_steps == 0 or (step == 1 and cfg.logging_first_step)
         measured_now = best is not None and not skips and step % cfg.eval_steps == 0 and not stopped
@@ -1297,11 +1281,16 @@ def settings_of(cfg: Config) -> dict[str, Any]:
     return {key: value for key, value in asdict(cfg).items() if key not in left_out}
 
 
-def negatives_met(cfg: Config, feed: Feed, world: int) -> int:
-    """With how many other passages a query is compared."""
-    if not feed.in_batch_negatives:
-        return feed.group_size - 1
-    return feed.batch_size * (world if cfg.negatives_cross_device else 1) * feed.group_size - 1
+def too_few_negatives(rows: TrainingRows, group_size: int) -> str | None:
+    """What is said of rows whose negatives repeat within a group, and which group size would not have it."""
+    few, fills = repeated_negatives(rows.num_negatives(), group_size)
+    if not len(few):
+        return None
+    way_out = f"; take --train_group_size {fills}, or mine more" if fills < group_size else ""
+    return (
+        f"{len(few):,} of {len(rows):,} rows have fewer negatives than the {group_size - 1} of --train_group_size "
+        f"{group_size}, so these repeat within a group{way_out}"
+    )
 
 
 def whole(norm: Any) -> float | None:

@@ -258,11 +258,16 @@ def test_small_files_become_one_source_for_each_folder():
 
 
 @pytest.mark.parametrize(("drop", "expected", "dropped"), [(7, {"small files", "x/small files"}, 0),
-                                                          (8, {"x/small files"}, 7), (11, set(), 17)])  # fmt: skip
+                                                          (8, {"x/small files"}, 7)])  # fmt: skip
 def test_small_files_that_are_few_together_are_dropped(drop, expected, dropped):
     sources = of_files("s1", "x/s2", "s3", "x/s4")
     left, count = merge_small(sources, [3, 9, 4, 1], small=10, drop=drop)
     assert set(named(left)) == expected and count == dropped
+
+
+def test_where_all_files_are_dropped_nothing_is_left_to_train_on():
+    with pytest.raises(ValueError, match="all 17 rows lie in small files and are dropped; lower --drop_threshold"):
+        merge_small(of_files("s1", "x/s2", "s3", "x/s4"), [3, 9, 4, 1], small=10, drop=11)
 
 
 def test_nothing_is_small_below_a_threshold_of_zero():

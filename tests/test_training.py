@@ -141,4 +141,4 @@ def test_budget_measures_and_keeps_as_many_graphs_as_it_allows(tiny_model: str) 
     assert budget.num_kept([60, 50, 30, 20]) == 3
     assert budget.num_kept([60, 101]) == 1, "at least one is kept"
     assert ActivationBudget(0, bytes_per_token=1).num_kept([1, 1]) == 0
-    assert 0 < automatic_activation_bytes(torch.device("cpu"), 1000) < 1e13
+    assert 0 < automatic_activation_bytes(torch.device("cpu"), 1000, 1) < 1e13
