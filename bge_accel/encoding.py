@@ -15,12 +15,13 @@ import numpy as np
 import torch
 
 from bge_accel import unpadded
-from bge_accel.batching import TOKENIZING, TokenBatch, default_token_budget, make_token_batch, tokenize
+from bge_accel.batching import TOKENIZING, TokenBatch, check_tokens, default_token_budget, make_token_batch, tokenize
 from bge_accel.jobs import progress
 from bge_accel.lock import locked
 from bge_accel.model import Encoder, check_lengths, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
+from bge_accel.reading import shorten
 from bge_accel.store import (
     EmbeddingStore,
     Manifest,
@@ -238,6 +239,7 @@ def tokenize_and_count(tokenizer: Any, texts: Sequence[str], max_length: int) ->
         tokenize(tokenizer, texts[:1], max_length)  # sets the tokenizer's own way of cutting
         encodings = backend.encode_batch_fast(list(texts), add_special_tokens=True)
     token_ids = [encoding.ids for encoding in encodings]
+    check_tokens(token_ids, texts)
     full = (encoding for encoding, ids in zip(encodings, token_ids, strict=True) if len(ids) >= max_length)
     return token_ids, sum(bool(encoding.overflowing) for encoding in full)
 
@@ -457,6 +459,9 @@ class EmbeddingModel:
             convert_to_numpy: False gives a torch tensor on the CPU.
             show_progress: a progress bar.
             mteb: what the mteb package calls its encoders with, see `mteb_model.encode_batches`.
+
+        Raises:
+            TypeError, ValueError: see `as_texts`; a number is below 1, or a text has no token.
         """
         if "task_metadata" in mteb:
             from bge_accel.mteb_model import encode_batches
@@ -519,6 +524,7 @@ class EmbeddingModel:
         Raises:
             ValueError: the folder holds a store of something else, or anything but a store; no texts.
         """
+        corpus = as_texts(corpus)
         if not len(corpus):
             raise ValueError("there are no texts to encode into a store")
         digest = digest_texts(corpus)
@@ -533,7 +539,7 @@ class EmbeddingModel:
                     manifest,
                     missing,
                     lambda start, stop: corpus[start:stop],
-                    max_texts=batch_size or self.batch_size,
+                    max_texts=_at_least_one(batch_size or self.batch_size),
                     counts=self.counts,
                     on_texts=bar.update,
                 )
@@ -587,10 +593,10 @@ class EmbeddingModel:
         embeddings = encode_texts(
             self.encoder,
             self.tokenizer,
-            [texts] if isinstance(texts, str) else texts,
+            as_texts(texts),
             max_length=self._length(max_length),
             prefix=prefix,
-            max_texts=batch_size or self.batch_size,
+            max_texts=_at_least_one(batch_size or self.batch_size),
             show_progress=show_progress,
             description=description,
             counts=self.counts,
@@ -598,6 +604,37 @@ class EmbeddingModel:
         result = embeddings[0] if isinstance(texts, str) else embeddings
         wants_numpy = self.convert_to_numpy if convert_to_numpy is None else convert_to_numpy
         return result if wants_numpy else torch.from_numpy(result)
+
+
+def as_texts(texts: str | Sequence[str]) -> Sequence[str]:
+    """Texts to encode; one text is a sequence of one.
+
+    Raises:
+        TypeError: it is no text and no sequence, or one of the sequence is no text.
+        ValueError: a text holds half of a character (a lone surrogate).
+    """
+    if isinstance(texts, str):
+        texts = [texts]
+    if not hasattr(texts, "__len__") or not hasattr(texts, "__getitem__") or isinstance(texts, Mapping | bytes):
+        raise TypeError(f"texts are one string or a sequence of strings, not {shorten(texts)} ({type(texts).__name__})")
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(
+                f"text {number} (counted from 0) is {shorten(text)} ({type(text).__name__}): every text has to be a string"
+            )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError(
+                f"text {number} (counted from 0) holds half of a character (a lone surrogate): {shorten(text)}"
+            ) from None
+    return texts
+
+
+def _at_least_one(batch_size: int | None) -> int | None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}: it has to be at least 1")
+    return batch_size
 
 
 def as_matrix(embeddings: Any) -> torch.Tensor:

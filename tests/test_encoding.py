@@ -62,6 +62,49 @@ def close(ours, theirs):
     return ours.shape == theirs.shape and np.abs(ours - theirs).max() < 1e-5
 
 
+# ---- what is no text
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "told"),
+    [
+        ([1], TypeError, r"text 0 \(counted from 0\) is 1 \(int\): every text has to be a string"),
+        (["a", None], TypeError, r"text 1 .* is null \(NoneType\)"),
+        (["a", ["b", "c"]], TypeError, r'text 1 .* is \["b", "c"\] \(list\)'),
+        (["a", float("nan")], TypeError, r"text 1 .* is NaN \(float\)"),
+        (None, TypeError, r"one string or a sequence of strings, not null \(NoneType\)"),
+        (b"ab", TypeError, r"one string or a sequence of strings, not b'ab' \(bytes\)"),
+        ({"a": 1}, TypeError, r"one string or a sequence of strings, not .* \(dict\)"),
+        ({"a"}, TypeError, r"one string or a sequence of strings, not \{'a'\} \(set\)"),
+        (["a", "b\ud800"], ValueError, r"text 1 .* holds half of a character"),
+    ],
+    ids=str,
+)
+def test_what_is_no_text_is_told_by_its_number(model, tmp_path, texts, kind, told):
+    def save(texts):
+        return model.save_corpus(str(tmp_path / "store"), texts)
+
+    for encode in (model.encode, model.encode_queries, model.encode_corpus, save):
+        with pytest.raises(kind, match=told):
+            encode(texts)
+    assert not (tmp_path / "store").exists()
+    with pytest.raises(ValueError, match="batch_size is -1: it has to be at least 1"):
+        model.encode(["a"], batch_size=-1)
+
+
+def test_a_text_without_tokens_is_told(tiny_model):
+    """A tokenizer that adds none of its own; beside another text nothing would have been embedded in silence."""
+    from tokenizers.processors import ByteLevel
+
+    bare = EmbeddingModel(tiny_model, device="cpu", pooling="mean")
+    bare.tokenizer.backend_tokenizer.post_processor = ByteLevel()
+    assert bare.encode(["a", "b"]).shape == (2, 32)
+    for texts, empty in (("", '""'), (["", "a"], '""'), (["a", " \n"], r'" \\n"')):
+        with pytest.raises(ValueError, match=f"the text {empty} has no tokens, .*: there is nothing to embed"):
+            bare.encode(texts)
+    assert bare.encode_corpus([]).shape == (0, 32)
+
+
 # ---- shapes and order
 
 
