@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import IO, Any, TypeVar
 
-from bge_accel.checkpoint import differences, flush
+from bge_accel.checkpoint import atomic_folder, differences, flush
 from bge_accel.reading import Faults, find_files, load_json, read_rows
 
 T = TypeVar("T")
@@ -165,15 +165,41 @@ class SharedCounters:
             yield items[turn - 1]
 
 
+def check_folder(flag: str, path: str) -> None:
+    """Raises ValueError where a folder cannot be made, or nothing can be written into it."""
+    if not path:
+        raise ValueError(f"{flag} is empty; name a folder")
+    if os.path.lexists(path) and not os.path.isdir(path):
+        raise ValueError(f"{flag} {path} is a file; name a folder")
+    nearest = os.path.abspath(path)
+    while not os.path.exists(nearest):
+        nearest = os.path.dirname(nearest)
+    if not os.path.isdir(nearest) or not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"{flag} {path}: {nearest} cannot be written to; name another folder")
+
+
+def check_replaced_folder(flag: str, path: str, names: Collection[str]) -> None:
+    """Raises ValueError unless a folder is not there, is empty, or holds exactly the files that are written anew."""
+    check_folder(flag, path)
+    there = set(os.listdir(path)) if os.path.isdir(path) else set()
+    if there and there != set(names):
+        found = ", ".join(sorted(there - set(names))[:5]) or "only a part of this data"
+        raise ValueError(f"{flag} {path} would be replaced, but it holds {found}; name another folder")
+
+
+def write_folder(path: str, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files; a reader finds whole ones, of the old folder or of the new."""
+    with atomic_folder(path) as folder:
+        for name, content in files.items():
+            with open(os.path.join(folder, name), "wb") as file:
+                file.write(content)
+
+
 def check_output(flag: str, path: str, inputs: Sequence[str]) -> None:
     """Raises ValueError where a file cannot be written, or would be written over an input."""
     if not path or os.path.isdir(path):
         raise ValueError(f"{flag} {path!r} is not the name of a file")
-    folder = os.path.dirname(os.path.abspath(path))
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder) or not os.access(folder, os.W_OK):
-        raise ValueError(f"{flag} {path}: its folder cannot be made in {folder}, which is no writable folder")
+    check_folder(f"{flag} {path}: its folder", os.path.dirname(os.path.abspath(path)))
     if os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs):
         raise ValueError(f"{flag} {path} is an input; name another file")
 

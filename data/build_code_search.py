@@ -15,10 +15,8 @@ import ast
 import hashlib
 import inspect
 import json
-import os
 import platform
 import re
-import shutil
 import sysconfig
 import tokenize
 import warnings
@@ -29,6 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bge_accel.checkpoint import interruptible
+from bge_accel.config import user_errors
+from bge_accel.jobs import check_replaced_folder, write_folder
 
 NUM_TEST = 600  # (query, passage) pairs to hold out, about
 FILES = ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md")
@@ -235,33 +235,9 @@ Licence: the texts are part of CPython, copyright Python Software Foundation and
 """
 
 
-def check_output(output_dir: Path) -> None:
-    """Raise ValueError unless the folder is missing, empty or holds exactly what this script writes."""
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"{output_dir} is not a folder: choose another --output_dir")
-    names = {path.name for path in output_dir.iterdir()} if output_dir.exists() else set()
-    if names and names != set(FILES):
-        found = ", ".join(sorted(names - set(FILES))[:5]) or "only a part of this data"
-        raise ValueError(f"{output_dir} would be replaced, but it holds {found}: choose another --output_dir")
-
-
-def write_folder(output_dir: Path, files: dict[str, bytes]) -> None:
-    """Write beside the target, then rename: a reader finds whole files, of the old data or of the new."""
-    new, old = (output_dir.with_name(f".{output_dir.name}.{age}-{os.getpid()}") for age in ("new", "old"))
-    try:
-        new.mkdir(parents=True)
-        for name, data in files.items():
-            (new / name).write_bytes(data)
-        if output_dir.exists():
-            output_dir.rename(old)
-        new.rename(output_dir)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def main(output_dir: Path) -> None:
-    check_output(output_dir)
+def main(output_dir: str) -> None:
+    with user_errors():
+        check_replaced_folder("--output_dir", output_dir, FILES)
     pairs, left_out = read_library(Path(sysconfig.get_paths()["stdlib"]))
     train, test = split(pairs)
     files = build_files(pairs, train, test)
@@ -280,9 +256,8 @@ if __name__ == "__main__":
     default_dir = Path(__file__).resolve().parent / "code_search"
     parser.add_argument(
         "--output_dir",
-        type=Path,
-        default=default_dir,
+        default=str(default_dir),
         help="folder to write; replaced if it holds an earlier result, refused if it holds anything else (%(default)s)",
     )
     with interruptible("nothing was written"):
-        main(parser.parse_args().output_dir.resolve())
+        main(parser.parse_args().output_dir)

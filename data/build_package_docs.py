@@ -17,7 +17,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from bge_accel.checkpoint import interruptible
+from bge_accel.config import user_errors
+from bge_accel.jobs import check_replaced_folder, write_folder
 
+FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 MIN_WORDS, MAX_WORDS = 25, 200  # of a passage; longer ones are cut
 
 FENCE = re.compile(r"^(```|~~~).*?^\1", re.MULTILINE | re.DOTALL)
@@ -79,29 +82,31 @@ def read_packages() -> list[tuple[str, str, str]]:
     return list(kept.values())
 
 
-def main(output_dir: Path) -> None:
+def main(output_dir: str) -> None:
+    with user_errors():
+        check_replaced_folder("--output_dir", output_dir, FILES)
     rows = read_packages()
     if len(rows) < 20:
         raise SystemExit(f"only {len(rows)} sections of prose in the installed packages: too few for a task")
     ids = [f"{name}/{number}" for number, (name, _, _) in enumerate(rows)]
-    output_dir.mkdir(parents=True, exist_ok=True)
     files = {
         "corpus.jsonl": [{"id": i, "content": text} for i, (_, _, text) in zip(ids, rows, strict=True)],
         "queries.jsonl": [
             {"id": f"q{n}", "query": title, "positive": [text]} for n, (_, title, text) in enumerate(rows)
         ],
     }
-    for name, objects in files.items():
-        content = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects)
-        (output_dir / name).write_text(content, encoding="utf-8")
     judgements = "".join(f"q{number}\t{passage_id}\t1\n" for number, passage_id in enumerate(ids))
-    (output_dir / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + judgements, encoding="utf-8")
+    written = {
+        name: "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in objects).encode()
+        for name, objects in files.items()
+    }
+    write_folder(output_dir, {**written, "qrels.tsv": ("query-id\tcorpus-id\tscore\n" + judgements).encode()})
     print(f"{output_dir}: {len(rows)} sections of {len({name for name, _, _ in rows})} packages")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default_dir = Path(__file__).resolve().parent / "package_docs"
-    parser.add_argument("--output_dir", type=Path, default=default_dir, help="folder to write (%(default)s)")
+    parser.add_argument("--output_dir", default=str(default_dir), help="folder to write (%(default)s)")
     with interruptible():
-        main(parser.parse_args().output_dir.resolve())
+        main(parser.parse_args().output_dir)

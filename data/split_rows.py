@@ -17,8 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from bge_accel.candidates import normalise_text
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.jobs import atomic_file, check_output
+from bge_accel.jobs import atomic_file, check_folder, check_output
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows
 
 OUTPUTS = ("train.jsonl", "dev.jsonl", "corpus.jsonl", "queries.jsonl")
@@ -31,13 +32,22 @@ class Config:
     input_file: list[str] = required("rows of query, pos and neg: files, globs or folders")
     output_dir: str = required("where the four files are written")
     held_out: int = option(200, "so many rows at the least are kept out of training", at_least=1)
+    overwrite: bool = option(False, "replace the files of an earlier split, and with them what it held out")
     seed: int = option(42, "which rows these are", at_least=0, at_most=2**32 - 1)
 
 
 def main(cfg: Config) -> None:
     with user_errors():
+        check_folder("--output_dir", cfg.output_dir)
+        there = [name for name in OUTPUTS if os.path.lexists(os.path.join(cfg.output_dir, name))]
+        if there and not cfg.overwrite:
+            raise ValueError(
+                f"--output_dir {cfg.output_dir} holds {', '.join(there)}: another split would hold out other rows than those "
+                "that models have been trained without; name another folder, or add --overwrite"
+            )
+        inputs = find_files(cfg.input_file, Faults())
         for name in OUTPUTS:
-            check_output("--output_dir", os.path.join(cfg.output_dir, name), [])
+            check_output("--output_dir", os.path.join(cfg.output_dir, name), inputs)
         rows = read_all(cfg.input_file)
         groups = connected([*map(normalise_text, (row["query"], *row["pos"]))] for row in rows)
         random.Random(cfg.seed).shuffle(groups)
@@ -99,4 +109,5 @@ def connected(rows: Iterable[Sequence[str]]) -> list[list[int]]:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    with interruptible():
+        main(parse_config(Config, description=__doc__.split("\n")[0]))

@@ -65,3 +65,12 @@ def test_the_folder_is_a_task_and_the_same_every_time(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in open(folder / "corpus.jsonl")]
     assert not any(row["id"].startswith("bge_accel/") for row in rows)
     assert all(25 <= len(row["content"].split()) <= 200 for row in rows)
+
+
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+    """Such as somebody's own task, of the same names."""
+    for name in ("corpus.jsonl", "queries.jsonl", "train.jsonl"):
+        (tmp_path / name).write_text("mine")
+    done = subprocess.run([sys.executable, SCRIPT, "--output_dir", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 2 and "would be replaced, but it holds train.jsonl" in done.stderr
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"mine"} and len(list(tmp_path.iterdir())) == 3

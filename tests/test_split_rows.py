@@ -68,3 +68,18 @@ def test_what_cannot_be_split_is_said(tmp_path: Path) -> None:
         "did you mean bad.jsonl?"
         in split("--input_file", "bda.jsonl", "--output_dir", "out", cwd=tmp_path, status=2).stderr
     )
+
+
+def test_a_split_is_overwritten_only_when_told_so(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(f'{{"query": "q{i}", "pos": ["p{i}"]}}\n' for i in range(40)))
+    args = ("--input_file", "rows.jsonl", "--held_out", 10, "--output_dir", "out", "--seed")
+    split(*args, 1, cwd=tmp_path)
+    first = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "corpus.jsonl").unlink()
+    said = split(*args, 2, cwd=tmp_path, status=2).stderr
+    assert "--output_dir out holds train.jsonl, dev.jsonl, queries.jsonl:" in said and "--overwrite" in said
+    assert (tmp_path / "out" / "dev.jsonl").read_bytes() == first["dev.jsonl"]
+    split(*args, 2, "--overwrite", cwd=tmp_path)
+    assert (tmp_path / "out" / "dev.jsonl").read_bytes() != first["dev.jsonl"]
+    args = ("--input_file", "out/train.jsonl", "--held_out", 5, "--output_dir", "out", "--overwrite")
+    assert "out/train.jsonl is an input" in split(*args, cwd=tmp_path, status=2).stderr
