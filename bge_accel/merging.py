@@ -22,7 +22,7 @@ import torch
 
 from bge_accel.checkpoint import DISK_FULL, SAVED, atomic_folder, find_checkpoints
 from bge_accel.encoding import prefetch
-from bge_accel.jobs import progress
+from bge_accel.jobs import check_folder, progress
 from bge_accel.lock import is_empty, locked
 from bge_accel.merge_plan import (
     MODEL_TYPES,
@@ -253,17 +253,14 @@ def check_weights(weights: Sequence[float], num_models: int, *, normalize: bool 
 
 def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: bool) -> None:
     """Raises ValueError where a merged model cannot be written to a folder, or would replace what is needed."""
+    check_folder("the output", output_path)
     target = os.path.realpath(output_path)
     for name in inputs:
         if os.path.isdir(name) and os.path.commonpath([target, os.path.realpath(name)]) == target:
             raise ValueError(f"the output {output_path} is or holds the model {name}; name another folder")
-    if os.path.exists(target) and not os.path.isdir(target):
-        raise ValueError(f"the output {output_path} is a file; name a folder")
     if os.path.isdir(target) and not is_empty(target) and not overwrite:
         raise ValueError(f"the output {output_path} is not empty; name another folder, or give --overwrite_output_dir")
-    parent = _existing_parent(output_path)
-    if not os.path.isdir(parent) or not os.access(parent, os.W_OK):
-        raise ValueError(f"the output {output_path} cannot be made in {parent}, which is no writable folder")
+    check_folder("the folder of the output", os.path.dirname(target))  # it is written beside, and renamed
 
 
 def _existing_parent(path: str) -> str:

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from bge_accel.checkpoint import interruptible
 from bge_accel.children import run_child
 from bge_accel.config import check_model_path, option, parse_config, user_errors
+from bge_accel.jobs import check_folder
 from bge_accel.lock import lock_output
 from bge_accel.report import moved_into_top, side_by_side_table
 
@@ -71,6 +72,7 @@ def main(cfg: Config) -> None:
     with user_errors():
         model = cfg.model_name_or_path or packaged_model()
         check_model_path("--model_name_or_path", model)
+        check_folder("--output_dir", cfg.output_dir)
         lock_output(cfg.output_dir)
     mine, finetune, mix, evaluate = (
         os.path.join(SCRIPTS, f"{name}.py")

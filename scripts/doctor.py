@@ -25,6 +25,7 @@ import finetune  # beside this file
 from bge_accel.checkpoint import interruptible
 from bge_accel.children import run_child
 from bge_accel.config import option, parse_config, to_yaml, user_errors
+from bge_accel.jobs import check_output
 from bge_accel.refused_flags import REFUSED
 from bge_accel.row_checks import (
     Finding,
@@ -80,6 +81,8 @@ def main(cfg: Config) -> int:
     with user_errors():
         if cfg.measure_steps == 1:
             raise ValueError("--measure_steps is 1: the first step is unlike the others, so take 0 or at least 2")
+        if cfg.json not in (None, "-"):
+            check_output("--json", str(cfg.json), [path for path in cfg.train_data if os.path.isfile(path)])
     run = run_of(cfg)
     world = cfg.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
 

@@ -26,7 +26,7 @@ from typing import Literal
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, from_first, leave_processes, progress, warn, what_is_kept
+from bge_accel.jobs import SharedCounters, check_folder, from_first, leave_processes, progress, warn, what_is_kept
 from bge_accel.lock import lock_output
 from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
@@ -92,6 +92,7 @@ def check(cfg: Config) -> None:
     if getattr(cfg, f"{other}_instruction_for_retrieval") is not None:
         raise ValueError(f"--{other}_instruction_for_retrieval has no effect with --kind {cfg.kind}; drop it")
     check_model_path("--model_name_or_path", cfg.model_name_or_path)
+    check_folder("--output_dir", cfg.output_dir)
 
 
 def read_texts(cfg: Config, faults: Faults) -> Iterator[str]:

@@ -58,6 +58,7 @@ from bge_accel.jobs import (
     Processes,
     SharedCounters,
     atomic_file,
+    check_folder,
     check_output,
     gather,
     leave_processes,
@@ -211,11 +212,15 @@ def check(cfg: Config) -> None:
         raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
     if cfg.save_ranking is not None and len(encoders) + len(runs) > 1:
         raise ValueError("--save_ranking is of one system; of several, --save_run keeps the rankings")
+    for folder in stores:
+        check_folder("--save_path", folder)
+    if cfg.figures_dir is not None:
+        check_folder("--figures_dir", cfg.figures_dir)
     inputs = [*(cfg.corpus_data or []), *(cfg.query_data or []), *([cfg.qrels] if cfg.qrels else []), *runs]
     outputs: dict[str, str] = {}
     for name in ("output_file", "save_ranking", "report", "save_run"):
-        given = getattr(cfg, name) or []
-        for path in [given] if isinstance(given, str) else given:
+        given = getattr(cfg, name)
+        for path in [given] if isinstance(given, str) else given or []:
             check_output(f"--{name}", path, [path for path in inputs if os.path.exists(path)])
             if (other := outputs.setdefault(os.path.abspath(path), name)) != name:
                 raise ValueError(f"--{name} and --{other} are both {path}; name two files")

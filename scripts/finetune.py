@@ -37,7 +37,7 @@ import numpy as np
 from bge_accel.checkpoint import BEST, LAST, REQUEUE, SAVED, STATE, StopSignals, find_checkpoints, interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
-from bge_accel.jobs import from_first, leave_processes, progress
+from bge_accel.jobs import check_folder, from_first, leave_processes, progress
 from bge_accel.lock import LOCK, lock_output, locked
 from bge_accel.reading import decode_json, shorten
 from bge_accel.refused_flags import REFUSED
@@ -374,8 +374,7 @@ def check(cfg: Config) -> None:
 
 def check_output_dir(cfg: Config) -> None:
     """Raises ValueError where the folder cannot be written to, or holds what is not to be touched."""
-    if os.path.exists(cfg.output_dir) and not os.path.isdir(cfg.output_dir):
-        raise ValueError(f"--output_dir {cfg.output_dir} is a file; name a folder")
+    check_folder("--output_dir", cfg.output_dir)
     inside = [name for name in os.listdir(cfg.output_dir) if name != LOCK] if os.path.isdir(cfg.output_dir) else []
     goes_on = cfg.resume_from_checkpoint is not None and (
         "run_config.yaml" in inside or find_checkpoints(cfg.output_dir)
@@ -388,11 +387,6 @@ def check_output_dir(cfg: Config) -> None:
             f"--output_dir {cfg.output_dir} is in use; name another folder, add --overwrite_output_dir, or, to go on with "
             "a run of this script, --resume_from_checkpoint latest"
         )
-    parent = cfg.output_dir
-    while parent and not os.path.exists(parent):
-        parent = os.path.dirname(os.path.abspath(parent))
-    if not os.path.isdir(parent or ".") or not os.access(parent or ".", os.W_OK | os.X_OK):
-        raise ValueError(f"--output_dir {cfg.output_dir}: {parent} cannot be written to; name another folder")
 
 
 def load_feeds(cfg: Config) -> tuple[list[Feed], int]:

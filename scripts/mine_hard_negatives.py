@@ -38,6 +38,7 @@ from bge_accel.jobs import (
     Processes,
     SharedCounters,
     atomic_file,
+    check_folder,
     check_json,
     check_output,
     leave_processes,
@@ -228,6 +229,8 @@ def check(cfg: Config) -> Choice:
     for name in ("output_file", "plot"):
         if getattr(cfg, name) is not None:
             check_output(f"--{name}", getattr(cfg, name), inputs)
+    if cfg.save_path is not None:
+        check_folder("--save_path", cfg.save_path)
     if cfg.output_file.endswith((".gz", ".zst", ".parquet")):
         raise ValueError(f"--output_file {cfg.output_file}: it is written as plain JSON lines; name it .jsonl")
     if cfg.plot is not None and importlib.util.find_spec("matplotlib") is None:

@@ -34,6 +34,7 @@ from typing import Any, Literal
 
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
+from bge_accel.jobs import check_output
 from bge_accel.lock import lock_output
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
@@ -160,6 +161,8 @@ def check_search(cfg: Config) -> None:
         raise ValueError("--max_drop has no effect without --guard_data or --guard_corpus")
     if cfg.model_type not in ("encoder", "decoder") or (cfg.model_type == "decoder" and cfg.objective != "loss"):
         raise ValueError("--search takes encoders, and decoders with --objective loss")
+    if cfg.plot is not None:
+        check_output("--plot", cfg.plot, [])
     if cfg.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or drop the flag")
 

@@ -77,11 +77,15 @@ def read_result(path: str) -> dict[str, Any]:
 
 def main(cfg: Config) -> None:
     with user_errors():
-        from bge_accel.jobs import atomic_file, check_output
+        from bge_accel.jobs import atomic_file, check_folder, check_output
 
         if cfg.run is None and not cfg.metrics:
             raise ValueError("there is nothing to report: give --run, --metrics or both")
-        check_output("--output_file", cfg.output_file, [path for path in cfg.metrics or [] if os.path.exists(path)])
+        of_run = [os.path.join(cfg.run, name) for name in ("train_log.jsonl", "run_config.yaml")] if cfg.run else []
+        inputs = [*(cfg.metrics or []), *of_run]
+        check_output("--output_file", cfg.output_file, [path for path in inputs if os.path.exists(path)])
+        if cfg.figures_dir is not None:
+            check_folder("--figures_dir", cfg.figures_dir)
         if cfg.figures_dir is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
         results = {path: read_result(path) for path in cfg.metrics or []}

@@ -233,7 +233,7 @@ def test_queries_titles_and_compressed_files(folder, model, tmp_path):
         ('{"text": "a"}\n{"text": ""}\n{"txt": "b"}\n', (), ["2 faults", 'c.jsonl:2: "text" is empty', "c.jsonl:3:"]),
         ('{"text": "a"}\n', ("--kind", "query", "--max_length", "0"), ["--max_length is 0"]),
         ('{"text": "a"}\n', ("--query_instruction_for_retrieval", "x"), ["has no effect with --kind passage"]),
-        ('{"text": "a"}\n', ("--output_dir", "c.jsonl"), ["c.jsonl cannot be written to"]),
+        ('{"text": "a"}\n', ("--output_dir", "c.jsonl"), ["--output_dir c.jsonl is a file; name a folder"]),
         ('{"text": "a"}\n', ("--output_dir", "."), ["is not empty and holds no embedding store"]),
         ('{"text": "a"}\n', ("--precision", "fp16"), ["fp16 needs a GPU"]),
         ('{"text": "a"}\n', ("--model_name_or_path", "./no"), ["--model_name_or_path ./no is not a folder"]),

@@ -87,7 +87,7 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
         (["--add_instruction", "--query_instruction_for_retrieval", "x"], "--add_instruction and --query_instruction"),
         (["--k", "10", "--cutoffs", "20"], "cut-off 20 is not between 1 and k, which is 10"),
         (["--output_file", "."], "--output_file '.' is not the name of a file"),
-        (["--output_file", "toy_query.json/metrics.json"], "its folder cannot be made"),
+        (["--output_file", "toy_query.json/metrics.json"], "toy_query.json is a file; name a folder"),
         (["--output_file", "toy_query.json"], "--output_file toy_query.json is an input"),
         (["--save_ranking", "metrics.json"], "--save_ranking and --output_file are both metrics.json"),
         (["--encoder", "./nowhere"], "--encoder ./nowhere is not a folder"),
