@@ -311,6 +311,15 @@ def test_what_finetune_refuses(diagnose: Diagnose) -> None:
     assert "no such file" in the_only(diagnose(train_data=["nowhere.jsonl"]), "data_refused", "error")["seen"]
 
 
+def test_a_model_without_a_tokenizer_is_no_foreign_language(
+    diagnose: Diagnose, tiny_model: str, tmp_path: Path
+) -> None:
+    model = Path(copy_model(tiny_model, tmp_path / "without"))
+    for path in model.glob("*token*"):
+        path.unlink()
+    assert "tokenizer" in the_only(diagnose(model_name_or_path=str(model)), "model_refused", "error")["seen"]
+
+
 def test_evaluation_queries_in_the_training_rows(diagnose: Diagnose, tmp_path: Path) -> None:
     held_out = tmp_path / "dev.jsonl"
     held_out.write_text("".join(json.dumps(row) + "\n" for row in sound_rows()[:5]))
