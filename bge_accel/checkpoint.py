@@ -23,7 +23,7 @@ import numpy as np
 
 from bge_accel.children import kill_children
 from bge_accel.lock import unlock_outputs
-from bge_accel.reading import is_inside, load_json, shorten
+from bge_accel.reading import is_inside, load_json, shorten, shown_size
 
 if TYPE_CHECKING:
     import torch
@@ -122,6 +122,33 @@ def saving_errors(step: int, output_dir: str) -> Iterator[None]:
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def room_for_run(model: int, state: int, *, num_saves: int, num_there: int, limit: int | None, keeps_best: bool) -> int:
+    """The most bytes by which a run's folder grows.
+
+    Args:
+        model: bytes of a saved model.
+        state: bytes of the optimiser in a checkpoint.
+        num_saves: checkpoints that are still to be written.
+        num_there: checkpoints that are there.
+        limit: how many are kept. One more is there when a new one has been written, before the oldest goes.
+        keeps_best: a best model is kept beside the checkpoints, and one more while it is replaced.
+    """
+    most = num_there + num_saves if limit is None else min(num_there + num_saves, limit + 1)
+    return max(most - num_there, min(num_saves, 1)) * (model + state) + (2 if keeps_best else 1) * model
+
+
+def check_room(output_dir: str, num_bytes: int, remedy: str) -> None:
+    """Raises ValueError where the disk of a folder, which need not be there yet, has no room for so many bytes more."""
+    folder = os.path.abspath(output_dir)
+    while not os.path.exists(folder):
+        folder = os.path.dirname(folder)
+    disk = shutil.disk_usage(folder)
+    if disk.total and disk.free < num_bytes:  # some disks on a network say nothing
+        raise ValueError(
+            f"{output_dir} will take {shown_size(num_bytes)} more, and {shown_size(disk.free)} are free on its disk; {remedy}"
+        )
 
 
 def flush_tree(folder: str) -> None:

@@ -36,7 +36,7 @@ from bge_accel.merge_plan import (
     read_json,
 )
 from bge_accel.model import encoder_class, load_weights
-from bge_accel.reading import shown_name
+from bge_accel.reading import shown_name, shown_size
 from bge_accel.tensor_files import (
     INDEX,
     Layout,
@@ -203,6 +203,7 @@ def merge_models(
             **(recipe or {}),
         }
         total = sum(layout.num_bytes for layout in plan.tensors.values())
+        total += sum(os.path.getsize(os.path.join(models[0].folder, name)) for name in _other_files(models[0].folder))
         parent = _existing_parent(output_path)
         try:
             if shutil.disk_usage(parent).free < total:
@@ -219,8 +220,8 @@ def merge_models(
             free = shutil.disk_usage(parent).free
             raise OSError(
                 error.errno,
-                f"the disk is full ({error.strerror}): {output_path} needs {total / 1e9:,.2f} GB, {free / 1e9:,.2f} GB "
-                "are free there; nothing was left behind",
+                f"the disk is full ({error.strerror}): {output_path} needs {shown_size(total)}, {shown_size(free)} are free "
+                "there; nothing was left behind",
             ) from None
 
 
@@ -398,18 +399,26 @@ def _narrow(values: torch.Tensor, out: torch.Tensor, name: str) -> torch.Tensor:
 # ---- everything but the weights
 
 
+def _other_files(source: str) -> list[str]:
+    """Names of a model's files that are copied: all but its weights, its configuration and what is of a run."""
+    names = [entry.name for entry in os.scandir(source) if entry.is_file()]
+    names = [
+        name
+        for name in names
+        if not name.startswith(".") and name not in (*_NOT_COPIED, "config.json") and not name.endswith(WEIGHT_FILES)
+    ]
+    for module in module_folders(source):
+        for root, _, files in os.walk(os.path.join(source, module)):
+            names += [os.path.relpath(os.path.join(root, name), source) for name in files]
+    return sorted(names)
+
+
 def _copy_other_files(source: str, target: str) -> None:
-    for entry in sorted(os.scandir(source), key=lambda entry: entry.name):
-        is_of_model = not entry.name.startswith(".") and entry.name not in (*_NOT_COPIED, "config.json")
-        if entry.is_file() and is_of_model and not entry.name.endswith(WEIGHT_FILES):
-            shutil.copyfile(entry.path, os.path.join(target, entry.name))
-    for folder in module_folders(source):
-        shutil.copytree(
-            os.path.join(source, folder),
-            os.path.join(target, folder),
-            copy_function=shutil.copyfile,
-            dirs_exist_ok=True,
-        )
+    for name in _other_files(source):
+        os.makedirs(os.path.dirname(os.path.join(target, name)), exist_ok=True)
+        shutil.copyfile(os.path.join(source, name), os.path.join(target, name))
+    for module in module_folders(source):  # one without a file, as normalising is
+        os.makedirs(os.path.join(target, module), exist_ok=True)
 
 
 def _write_config(folder: str, config: Mapping[str, Any], dtype: torch.dtype | None) -> None:

@@ -114,6 +114,14 @@ def near_path(path: str) -> str | None:
     return os.path.join(folder, near[0]) if near else None
 
 
+def shown_size(num_bytes: float) -> str:
+    """Bytes as people read them: 512 bytes, 1.5 MB, 12.0 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:,.1f} {unit}"
+    return f"{num_bytes:,.0f} bytes"
+
+
 def shown_name(path: str) -> str:
     """The last part of a model's path, or the last two where that says too little; a name on the hub as it is."""
     is_path = os.path.isdir(path) or path.startswith((".", os.sep)) or path.rstrip("/").count("/") > 1

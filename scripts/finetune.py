@@ -364,7 +364,8 @@ def check(cfg: Config) -> None:
     asked = cfg.resume_from_checkpoint
     if asked not in (None, "latest"):
         if not os.path.isdir(asked):
-            raise ValueError(f"--resume_from_checkpoint {asked} is not a folder; name one, or `latest`")
+            or_latest = ", or `latest`" if find_checkpoints(cfg.output_dir) else ""
+            raise ValueError(f"--resume_from_checkpoint {asked} is not a folder; name one{or_latest}")
         if not os.path.isdir(os.path.join(asked, "training_state")):
             raise ValueError(
                 f"--resume_from_checkpoint {asked} holds no training state; to start from its weights, name it by "
@@ -383,9 +384,10 @@ def check_output_dir(cfg: Config) -> None:
         if os.environ.get("RANK", "0") == "0":
             with locked(cfg.output_dir):  # or it names the run that is at work there
                 pass
+        goes_on = find_checkpoints(cfg.output_dir)
         raise ValueError(
-            f"--output_dir {cfg.output_dir} is in use; name another folder, add --overwrite_output_dir, or, to go on with "
-            "a run of this script, --resume_from_checkpoint latest"
+            f"--output_dir {cfg.output_dir} is in use; name another folder, or add --overwrite_output_dir"
+            + (", or, to go on with its run, --resume_from_checkpoint latest" if goes_on else "")
         )
 
 
@@ -487,6 +489,7 @@ def main(cfg: Config) -> int:
     from bge_accel.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
     from bge_accel.checkpoint import (
         atomic_folder,
+        check_room,
         choose_checkpoint,
         differences,
         is_complete,
@@ -501,6 +504,7 @@ def main(cfg: Config) -> int:
         read_run_state,
         remove_checkpoint,
         remove_leftovers,
+        room_for_run,
         saving_errors,
         set_random_state,
         write_manifest,
@@ -830,6 +834,12 @@ def main(cfg: Config) -> int:
 
     work = flops_per_token(encoder)
 
+    # Under ZeRO-3 a parameter keeps its true size aside. DeepSpeed keeps float32 weights beside Adam's two moments.
+    model_bytes, trained_bytes = (
+        sum(getattr(p, "ds_numel", p.numel()) * p.itemsize for p in of) for of in (encoder.parameters(), trained)
+    )
+    state_bytes = (3 if is_deepspeed else 2) * trained_bytes
+
     # ---- hand both to accelerate
     if is_deepspeed:
         configure_deepspeed(
@@ -893,6 +903,19 @@ def main(cfg: Config) -> int:
                 f"--output_dir holds {os.path.basename(later[0])}, later than where this run begins; move it away, or "
                 "have it removed by --overwrite_output_dir"
             )
+        there = [path for at, path in find_checkpoints(cfg.output_dir) if at <= step]
+        room = room_for_run(
+            model_bytes,
+            state_bytes,
+            num_saves=saves_left(cfg, step, num_steps, plan.num_epochs or 0, saved_epoch),
+            num_there=len(there),
+            limit=cfg.save_total_limit,
+            keeps_best=cfg.load_best_model_at_end,
+        )
+        remedy = (
+            "make room, name another folder, or keep fewer checkpoints: --save_total_limit 1, a larger --save_steps"
+        )
+        from_first(lambda: check_room(cfg.output_dir, room, remedy))
     accelerator.wait_for_everyone()
     if is_main:
         os.makedirs(cfg.output_dir, exist_ok=True)
@@ -1263,6 +1286,15 @@ def main(cfg: Config) -> int:
     for tracker in accelerator.trackers:
         tracker.finish()
     return 128 + stopped if stopped == signal.SIGINT else 0
+
+
+def saves_left(cfg: Config, step: int, num_steps: int, epochs: float, saved_epoch: int) -> int:
+    """How many checkpoints are still to be written after a step; of streams saved by epochs, at least as many."""
+    if cfg.save_strategy == "no":
+        return 0
+    if cfg.save_strategy == "epoch":
+        return max(math.ceil(epochs) - 1 - saved_epoch, 0)
+    return max((num_steps - 1) // cfg.save_steps - step // cfg.save_steps, 0)
 
 
 def settings_of(cfg: Config) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from bge_accel.checkpoint import (
     MANIFEST,
     StopSignals,
     atomic_folder,
+    check_room,
     choose_checkpoint,
     differences,
     find_checkpoints,
@@ -36,6 +37,7 @@ from bge_accel.checkpoint import (
     read_state,
     remove_checkpoint,
     remove_leftovers,
+    room_for_run,
     set_random_state,
     what_is_damaged,
     write_manifest,
@@ -276,6 +278,33 @@ def test_a_move_that_was_killed_anywhere_is_finished(tmp_path):
             move_into(str(out / "best"), str(out))
         assert contents(out) == MOVED
     assert kills > 7
+
+
+@pytest.mark.parametrize(
+    ("num_saves", "num_there", "limit", "keeps_best", "expected"),
+    [
+        (0, 0, None, False, 10),  # the model at the end
+        (3, 0, None, False, 3 * 30 + 10),
+        (3, 2, None, True, 3 * 30 + 20),
+        (3, 0, 2, False, 3 * 30 + 10),  # the third is whole before the first goes
+        (9, 0, 2, False, 3 * 30 + 10),
+        (9, 2, 2, False, 30 + 10),
+        (9, 5, 2, False, 30 + 10),  # what is over the limit goes after the first
+        (0, 5, 2, False, 10),
+    ],
+)
+def test_how_much_room_a_run_takes(num_saves, num_there, limit, keeps_best, expected):
+    how = {"num_saves": num_saves, "num_there": num_there, "limit": limit, "keeps_best": keeps_best}
+    assert room_for_run(10, 20, **how) == expected
+
+
+def test_a_disk_that_is_too_small_is_told(tmp_path):
+    folder = str(tmp_path / "not" / "there" / "yet")
+    check_room(folder, 1000, "make room")
+    free = shutil.disk_usage(tmp_path).free
+    told = rf"^{folder} will take [\d,.]+ GB more, and [\d,.]+ [GMk]B are free on its disk; make room$"
+    with pytest.raises(ValueError, match=told):
+        check_room(folder, free + 10**9, "make room")
 
 
 # ---- the best model of a run

@@ -589,7 +589,7 @@ def test_a_full_disk_says_so_and_leaves_nothing(tmp_path, monkeypatch):
         text=True,
         timeout=120,
     )
-    message = r"the disk is full (File too large): " + str(tmp_path / "out") + " needs 0.00 GB"
+    message = r"the disk is full (File too large): " + str(tmp_path / "out") + " needs 4.0 MB, "
     assert done.returncode == 1 and message in done.stderr and "nothing was left behind" in done.stderr
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]

@@ -605,7 +605,7 @@ def test_a_checkpoint_is_named_that_is_none(tmp_path: Path, tiny_model: str, sta
     text = start("out", "--resume_from_checkpoint", tiny_model).ends(2)
     assert f"{tiny_model} holds no training state; to start from its weights, name it by --model_name_or_path" in text
     text = start("out", "--resume_from_checkpoint", "nowhere").ends(2)
-    assert "--resume_from_checkpoint nowhere is not a folder; name one, or `latest`" in text
+    assert "--resume_from_checkpoint nowhere is not a folder; name one\n" in text
     assert not (tmp_path / "out").exists()
 
 
@@ -658,8 +658,8 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def enlarge(disk: Path) -> None:
-    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+def resize(disk: Path, size: int = 64 * 2**20) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={size}", str(disk)], check=True)
 
 
 def size_on_disk(folder: Path, page: int = 4096) -> int:
@@ -670,14 +670,22 @@ def size_on_disk(folder: Path, page: int = 4096) -> int:
 def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones(
     tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
 ) -> None:
-    """Wherever in the third checkpoint the disk is full: its weights, its tokenizer or its optimiser."""
+    """Wherever in the third checkpoint the disk is full: its weights, its tokenizer or its optimiser.
+
+    There was room enough when the run began.
+    """
+    env = {"STOP_AFTER": "1", "STOP_SIGNAL": "SIGSTOP"}
     checkpoint = uninterrupted("one process") / "checkpoint-2"
     one = size_on_disk(checkpoint)
     first = [size_on_disk_of(checkpoint, names) for names in (["model.safetensors"], ["model.safetensors", "*.json"])]
     assert 0 < first[0] < first[1] < one
     for number, part in enumerate((first[0] // 2, first[0] + 3 * 4096, first[1] + 8 * 4096)):
-        with small_disk(tmp_path / f"disk{number}", 2 * one + 2 * 4096 + part) as disk:
-            text = start(f"{disk}/out").ends(1)
+        with small_disk(tmp_path / f"disk{number}", 64 * 2**20) as disk:
+            job = start(f"{disk}/out", through=(SPY_ROWS,), env=env)
+            job.wait_until(lambda job=job: is_stopped(job.processes[0].pid))
+            resize(disk, 2 * one + 2 * 4096 + part)
+            job.send(signal.SIGCONT)
+            text = job.ends(1)
             assert re.search(
                 r"^finetune.py: error: saving after step 6 failed: .*No space left on device.*; earlier checkpoints are "
                 "untouched. Make room, then go on with --resume_from_checkpoint latest$",
@@ -692,13 +700,41 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_earlier_ones(
                 "checkpoint-2", "checkpoint-4", "run_config.yaml", "train_log.jsonl",
             ]  # fmt: skip
             if number == 0:
-                enlarge(disk)
+                resize(disk)
                 assert "going on after step 4" in start(f"{disk}/out", *LATEST).ends()
                 assert_same_run(disk / "out", uninterrupted("one process"))
 
 
 def size_on_disk_of(folder: Path, patterns: list[str]) -> int:
     return sum(-(-p.stat().st_size // 4096) * 4096 for pattern in patterns for p in folder.glob(pattern))
+
+
+def test_a_disk_too_small_for_the_run_is_told_before_anything_is_written(
+    tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
+) -> None:
+    """Too small for its fifteen checkpoints, but not for two and the model."""
+    one = size_on_disk(uninterrupted("one process") / "checkpoint-2")
+    with small_disk(tmp_path / "disk", 4 * one) as disk:
+        text = start(f"{disk}/out").ends(2)
+        assert re.search(
+            rf"^finetune.py: error: {disk}/out will take \d+\.\d MB more, and \d\.\d MB are free on its disk; make room, name "
+            "another folder, or keep fewer checkpoints: --save_total_limit 1, a larger --save_steps$",
+            text,
+            flags=re.MULTILINE,
+        ), text[-3000:]
+        assert list(disk.iterdir()) == []
+        start(f"{disk}/out", "--save_total_limit", 1).ends()
+        assert [step for step, _ in find_checkpoints(str(disk / "out"))] == [30]
+
+
+def test_latest_is_not_offered_where_there_is_no_checkpoint(tmp_path: Path, start: Start) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    text = start("out").ends(2)
+    assert "--output_dir out is in use; name another folder, or add --overwrite_output_dir\n" in text
+    (tmp_path / "out" / "checkpoint-2").mkdir()
+    text = start("out").ends(2)
+    assert "or add --overwrite_output_dir, or, to go on with its run, --resume_from_checkpoint latest\n" in text
 
 
 def test_a_log_that_does_not_fit_is_said_so(tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]) -> None:
