@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bge_accel.config import check_model_path
-from bge_accel.model import COMPUTED, read_modules, read_settings
+from bge_accel.model import COMPUTED, differing_settings, read_modules, read_settings
 from bge_accel.reading import Faults, load_json, shorten
 from bge_accel.tensor_files import Layout, TensorFiles
 
@@ -59,6 +59,8 @@ class MergePlan(NamedTuple):
     sources: dict[str, dict[int, str]]
     """For each tensor its name in every model; of one that is copied only {0: name}."""
     copied: set[str]
+    settings_of: int = 0
+    """The model whose tokenizer, pooling, prompts and other files beside the weights are taken."""
 
 
 def open_models(names: Sequence[str], stack: ExitStack, **hub: Any) -> list[MergeModel]:
@@ -98,24 +100,58 @@ def model_folder(name: str, **hub: Any) -> str:
         ) from error
 
 
-def check_models(models: Sequence[MergeModel], model_type: str, *, dtype: torch.dtype | None = None) -> MergePlan:
+def check_models(
+    models: Sequence[MergeModel],
+    model_type: str,
+    *,
+    dtype: torch.dtype | None = None,
+    settings_from: str | None = None,
+) -> MergePlan:
     """How to merge models that fit together.
 
+    Args:
+        settings_from: the name of the model that the merged one pools and prompts as; by default the first, if it does
+            so as the others.
+
     Raises:
-        ValueError: they do not; the first ten mismatches, each with its model.
+        ValueError: they do not; the first ten mismatches, each with its model. Or they differ in how they embed.
     """
     if model_type not in MODEL_TYPES:
         raise ValueError(f"model_type {model_type!r} is not one of {', '.join(MODEL_TYPES)}")
     faults = Faults()
     _check_configs(models, model_type, faults)
     _check_vocabularies(models, faults)
-    _check_modules(models, model_type, faults)
+    _check_modules(models, faults)
     plan = _plan(models, model_type, dtype, faults)
     if faults.count:
         shown = "\n".join(faults.shown)
         more = f"\n... and {faults.count - len(faults.shown)} more" if faults.count > len(faults.shown) else ""
         raise ValueError(f"the models cannot be merged:\n{shown}{more}")
-    return plan
+    return plan._replace(settings_of=_choose_settings(models, model_type, settings_from))
+
+
+def _choose_settings(models: Sequence[MergeModel], model_type: str, settings_from: str | None) -> int:
+    """The model whose settings the merged one takes; ValueError where the models differ and none is named."""
+    names = [model.name for model in models]
+    if settings_from is not None:
+        same = [os.path.normpath(name) == os.path.normpath(settings_from) for name in names]
+        if not any(same):
+            raise ValueError(f"--settings_from {settings_from} is none of the models: {', '.join(names)}")
+        return same.index(True)
+    if model_type != "encoder":
+        return 0
+    settings = [read_settings(model.folder) for model in models]
+    # Without sentence-transformers files a model says nothing: it is used as the first.
+    said = [(name, own) for name, own in zip(names, settings, strict=True) if own.pooling is not None]
+    differing = differing_settings(said)
+    if said and settings[0].pooling is None:
+        differing = f"{said[0][0]} says how it pools, and {names[0]} does not"
+    if differing:
+        raise ValueError(
+            f"the models do not embed alike: {differing}. Name the one whose settings the merged model takes: "
+            f'--settings_from {said[-1][0]}, or settings_from="{said[-1][0]}" in Python'
+        )
+    return 0
 
 
 def _check_configs(models: Sequence[MergeModel], model_type: str, faults: Faults) -> None:
@@ -197,9 +233,8 @@ def _read_vocabulary(path: str) -> dict[str, int] | None:
     return found
 
 
-def _check_modules(models: Sequence[MergeModel], model_type: str, faults: Faults) -> None:
-    """sentence-transformers modules: none with weights of its own; of an encoder the same pooling where it is said."""
-    before = faults.count
+def _check_modules(models: Sequence[MergeModel], faults: Faults) -> None:
+    """sentence-transformers modules: none with weights of its own."""
     for model in models:
         for folder in module_folders(model.folder):
             for root, _, names in os.walk(os.path.join(model.folder, folder)):
@@ -207,21 +242,6 @@ def _check_modules(models: Sequence[MergeModel], model_type: str, faults: Faults
                     if name.endswith(WEIGHT_FILES):
                         where = os.path.relpath(os.path.join(root, name), model.folder)
                         faults.add(model.name, f"its module {where} has weights of its own, which are not merged here")
-    if model_type != "encoder" or faults.count > before:
-        return
-    settings = [read_settings(model.folder) for model in models]
-    for model, own in zip(models[1:], settings[1:], strict=True):
-        if own.pooling is None:
-            continue
-        for name in ("pooling", "normalize"):
-            expected, found = getattr(settings[0], name), getattr(own, name)
-            if settings[0].pooling is None:
-                faults.add(
-                    model.name,
-                    f"{name} {found}, of which {models[0].name} says nothing: put first a model that says how it pools",
-                )
-            elif found != expected:
-                faults.add(model.name, f"{name} {found}; {expected} in {models[0].name}")
 
 
 def _plan(models: Sequence[MergeModel], model_type: str, dtype: torch.dtype | None, faults: Faults) -> MergePlan:

@@ -42,6 +42,7 @@ def mix_models_with_data(
     *,
     objective: str = "loss",
     seed: int = 42,
+    settings_from: str | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     overwrite_output_dir: bool = False,
@@ -57,7 +58,7 @@ def mix_models_with_data(
             {"input": str, "output": str}.
         temperature: the losses are divided by it; a lower one makes the weights differ more.
         batch_size, max_input_length, neg_number, objective, seed: see `example_losses`.
-        output_path, dtype, max_shard_size, overwrite_output_dir: see `mix_models`.
+        settings_from, output_path, dtype, max_shard_size, overwrite_output_dir: see `mix_models`.
 
     Returns:
         The merged model, loaded. The weights are printed, and written with it.
@@ -79,6 +80,7 @@ def mix_models_with_data(
         neg_number=neg_number,
         objective=objective,
         seed=seed,
+        settings_from=settings_from,
         **hub,
     )
     weights = weights_from_losses(losses, temperature)
@@ -89,6 +91,7 @@ def mix_models_with_data(
         model_type,
         weights,
         output_path,
+        settings_from=settings_from,
         dtype=dtype,
         max_shard_size=max_shard_size,
         overwrite_output_dir=overwrite_output_dir,
@@ -125,6 +128,7 @@ def example_losses(
     neg_number: int = 7,
     objective: str = "loss",
     seed: int = 42,
+    settings_from: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | None = None,
     token: str | None = None,
@@ -140,6 +144,7 @@ def example_losses(
             a decoder that of the next token of the output. "ndcg@10" (encoders) ranks all passages of the examples for
             each query; its loss is 100 less the nDCG@10 in percent.
         seed: of the draw of negatives.
+        settings_from: as a model that does not say how it pools is used; see `mix_models`.
     """
     hub = {"cache_dir": cache_dir, "token": token}
     if objective not in OBJECTIVES or (objective != "loss" and model_type != "encoder"):
@@ -151,7 +156,7 @@ def example_losses(
         raise ValueError(f"neg_number is {neg_number}: it has to be at least 0")
     with ExitStack() as stack:
         models = open_models(model_names_or_paths, stack, **hub)
-        check_models(models, model_type)
+        plan = check_models(models, model_type, settings_from=settings_from)
     folders = [model.folder for model in models]
     if model_type == "decoder":
         return [
@@ -159,11 +164,11 @@ def example_losses(
             for folder in folders
         ]
     losses = []
-    first = read_settings(folders[0])
+    of_merged = read_settings(folders[plan.settings_of])
     for folder in folders:
         # A model that does not say how it pools is used as the merged one will be.
         own = read_settings(folder)
-        said = first if own.pooling is None else own
+        said = of_merged if own.pooling is None else own
         model = EmbeddingModel(
             folder,
             dtype="float32",
@@ -335,6 +340,7 @@ def search_mixes(
     *,
     num_steps: int = 10,
     on_score: Callable[[MixScore], Any] = lambda score: None,
+    settings_from: str | None = None,
     **hub: Any,
 ) -> list[MixScore]:
     """Scores of the mixes along the line from base to tuned model, at `num_steps` + 1 weights from 0 to 1.
@@ -343,6 +349,7 @@ def search_mixes(
         dev_score, guard_score: from the folder of a model to its score on each set. The mixes are written into a
             temporary folder, one at a time.
         on_score: called with each score as it is known.
+        settings_from: see `mix_models`.
     """
     if num_steps < 1:
         raise ValueError(f"num_steps is {num_steps}: it has to be at least 1")
@@ -351,7 +358,7 @@ def search_mixes(
         mixed = os.path.join(folder, "mixed")
         for step in range(num_steps + 1):
             weight = step / num_steps
-            merge_models([base, tuned], model_type, [1 - weight, weight], mixed, **hub)
+            merge_models([base, tuned], model_type, [1 - weight, weight], mixed, settings_from=settings_from, **hub)
             scores.append(MixScore(weight, dev_score(mixed), guard_score(mixed) if guard_score else None))
             shutil.rmtree(mixed)
             on_score(scores[-1])

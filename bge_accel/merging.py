@@ -83,6 +83,7 @@ def mix_models(
     output_path: str | None = None,
     *,
     normalize: bool = False,
+    settings_from: str | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     overwrite_output_dir: bool = False,
@@ -94,11 +95,13 @@ def mix_models(
     """The weighted average of models of one architecture, under LM-Cocktail's name and arguments.
 
     Args:
-        model_names_or_paths: folders or hub names; tokenizer, pooling, prompts and configuration are the first's.
+        model_names_or_paths: folders or hub names; the configuration is the first's.
         model_type: "encoder", "decoder", "reranker" or "encoder-decoder".
         weights: one a model, summing to 1 (within 0.001) unless `normalize`.
         output_path: a new folder for the merged model; by default it is not kept.
         normalize: divide the weights by their sum.
+        settings_from: the one of the models whose tokenizer, pooling, prompts and length the merged one has; by default
+            the first, where they do not differ.
         dtype: of the floating-point tensors, by torch's name; by default each has the first model's.
         max_shard_size: a larger model is written as several files.
         overwrite_output_dir: replace what stands at `output_path`.
@@ -108,11 +111,13 @@ def mix_models(
         The merged model, loaded by the `transformers` class of its type, in evaluation mode.
 
     Raises:
-        ValueError: the models do not fit together, naming each mismatch and the model it is in; bad weights.
+        ValueError: the models do not fit together, naming each mismatch and the model it is in; they differ in how they
+            embed and `settings_from` names none; bad weights.
         OSError: the disk is full. Nothing is left behind after an error.
     """
     loading = {"trust_remote_code": trust_remote_code}
     writing: dict[str, Any] = {"normalize": normalize, "dtype": dtype, "max_shard_size": max_shard_size}
+    writing |= {"settings_from": settings_from}
     writing |= {"overwrite_output_dir": overwrite_output_dir, "recipe": recipe}
     writing |= {"cache_dir": cache_dir, "token": token}
     for name in model_names_or_paths[:1]:  # what it has the others have
@@ -176,6 +181,7 @@ def merge_models(
     output_path: str,
     *,
     normalize: bool = False,
+    settings_from: str | None = None,
     dtype: str | torch.dtype | None = None,
     max_shard_size: int | str = "50GB",
     overwrite_output_dir: bool = False,
@@ -191,7 +197,8 @@ def merge_models(
     with ExitStack() as stack:
         stack.enter_context(locked(output_path))
         models = open_models(model_names_or_paths, stack, cache_dir=cache_dir, token=token)
-        plan = check_models(models, model_type, dtype=out_dtype)
+        plan = check_models(models, model_type, dtype=out_dtype, settings_from=settings_from)
+        settings_of = models[plan.settings_of]
         shards = plan_shards(plan.tensors, shard_size)
         recipe = {
             "method": "weighted average",
@@ -200,6 +207,7 @@ def merge_models(
                 for model, weight in zip(models, weights, strict=True)
             ],
             "dtype": str(dtype).removeprefix("torch.") if dtype is not None else "as the first model's",
+            "settings_from": shown_name(settings_of.name),
             **(recipe or {}),
         }
         total = sum(layout.num_bytes for layout in plan.tensors.values())
@@ -210,7 +218,7 @@ def merge_models(
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             with atomic_folder(output_path) as folder:
                 _write_weights(folder, models, weights, plan, shards)
-                _copy_other_files(models[0].folder, folder)
+                _copy_other_files(settings_of.folder, folder)
                 _write_card(folder, os.path.basename(os.path.abspath(output_path)), models, model_type, recipe)
                 # Last: without it nothing loads, so that whatever loads is whole.
                 _write_config(folder, models[0].config, out_dtype)
@@ -459,8 +467,8 @@ def _write_card(
         f"""{front_matter(header)}
 # {inline(name)}
 
-A weighted average of {len(models)} models' weights. Tokenizer, configuration and whatever else the folder holds are
-those of {inline(recipe["models"][0]["name"])}.
+A weighted average of {len(models)} models' weights. Tokenizer, pooling, prompts and whatever else the folder holds are
+those of {inline(recipe["settings_from"])}.
 
 | model | weight |
 | :-- | --: |

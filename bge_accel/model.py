@@ -5,7 +5,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -35,6 +35,17 @@ _POOLING_FROM_ST = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_lasttoken": "last_token",
+}
+
+
+# Fields of EmbeddingSettings, and how they are called.
+_SETTINGS = {
+    "pooling": "pooling",
+    "normalize": "normalisation",
+    "query_prefix": "query instruction",
+    "passage_prefix": "passage instruction",
+    "max_length": "maximum length",
+    "other_prompts": "other prompts",
 }
 
 
@@ -68,6 +79,20 @@ class EmbeddingSettings:
             query_prefix=self.query_prefix if query_prefix is None else query_prefix,
             passage_prefix=self.passage_prefix if passage_prefix is None else passage_prefix,
         )
+
+
+def differing_settings(models: Sequence[tuple[str, EmbeddingSettings]]) -> str:
+    """What models do not embed alike by, in words, each value with the models that have it; "" where nothing differs."""
+    found = []
+    for name, called in _SETTINGS.items():
+        values: dict[str, list[str]] = {}
+        for model, settings in models:
+            value = getattr(settings, name)
+            if name != "max_length" or value is not None:  # without one of its own a model's tokenizer says it
+                values.setdefault("none" if value in ("", {}, None) else shorten(value, 60), []).append(model)
+        if len(values) > 1:
+            found.append(f"{called} " + ", ".join(f"{value} in {' and '.join(of)}" for value, of in values.items()))
+    return "; ".join(found)
 
 
 def instruction_prefix(instruction: str | None, format: str = "{}{}") -> str | None:

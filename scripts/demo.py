@@ -39,6 +39,9 @@ class Config:
     output_dir: str = option("outputs/demo", "folder for everything the demonstration writes")
     compare: bool = option(False, "also tune without mined negatives, and measure on a second, general task")
     seeds: list[int] = option([42], "one training for each", at_least=0, at_most=2**32 - 1)
+    query_instruction_for_retrieval: str | None = option(
+        None, "put before each query in every step; default: what the model says of itself"
+    )
     max_steps: int = option(50, "optimiser steps of each training", at_least=1)
     batch_size: int = option(64, "queries in each step", at_least=1)
     max_length: int = option(64, "tokens that a passage is cut to", at_least=1)
@@ -79,6 +82,10 @@ def main(cfg: Config) -> None:
         for name in ("mine_hard_negatives", "finetune", "mix_models", "evaluate_retrieval")
     )
 
+    instruction: tuple[str, ...] = ()
+    if cfg.query_instruction_for_retrieval is not None:
+        instruction = ("--query_instruction_for_retrieval", cfg.query_instruction_for_retrieval)
+
     def out(*parts: str) -> str:
         return os.path.join(cfg.output_dir, *parts)
 
@@ -100,7 +107,7 @@ def main(cfg: Config) -> None:
                 evaluate,
                 *("--encoder", encoder, "--corpus_data", os.path.join(folder, "corpus.jsonl")),
                 *("--query_data", os.path.join(folder, "queries.jsonl"), "--qrels", os.path.join(folder, "qrels.tsv")),
-                *("--cutoffs", 1, 10, 100, "--max_passage_length", cfg.max_length),
+                *("--cutoffs", 1, 10, 100, "--max_passage_length", cfg.max_length, *instruction),
                 *("--output_file", f"{stem}.json", "--save_ranking", f"{stem}.ranking.jsonl"),
             )
             with open(f"{stem}.json") as file:
@@ -118,7 +125,7 @@ def main(cfg: Config) -> None:
             *("--train_data", data, "--train_group_size", group_size),
             *("--max_steps", cfg.max_steps, "--per_device_train_batch_size", cfg.batch_size),
             *("--learning_rate", cfg.learning_rate, "--temperature", cfg.temperature),
-            *("--passage_max_len", cfg.max_length, "--save_strategy", "no", "--overwrite_output_dir"),
+            *("--passage_max_len", cfg.max_length, "--save_strategy", "no", "--overwrite_output_dir", *instruction),
         )
         return folder
 
@@ -128,7 +135,7 @@ def main(cfg: Config) -> None:
         mine,
         *("--model_name_or_path", model, "--input_file", train, "--output_file", mined),
         *("--range_for_sampling", "5-50", "--negative_number", 3),
-        *("--max_length", cfg.max_length),
+        *("--max_length", cfg.max_length, *instruction),
     )
 
     # ---- tuned and merged
@@ -142,6 +149,7 @@ def main(cfg: Config) -> None:
             mix,
             *("--model_names_or_paths", model, tuned, "--weights", 1 - cfg.merge_weight, cfg.merge_weight),
             *("--model_type", "encoder", "--output_path", out(f"merged{mark}"), "--overwrite_output_dir"),
+            *("--settings_from", tuned),
         )
         measure(out(f"merged{mark}"), f"merged{mark}")
 

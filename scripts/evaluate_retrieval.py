@@ -31,7 +31,7 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -272,6 +272,13 @@ def main(cfg: Config) -> None:
         f"{counts['judged_queries']:,} judged queries{of_queries}, {passages}{counts['positives']:,} positives{missing}"
     )
 
+    with user_errors():
+        if (differing := encoders_differ(cfg)) != "":
+            warn(
+                f'the models do not embed alike: {differing}. --query_instruction_for_retrieval ("" for none), '
+                "--passage_instruction_for_retrieval, --pooling_method and --normalize_embeddings set it for all of them"
+            )
+
     # ---- measure
     paths, encoders = cfg.compare or [], cfg.encoder or []
     names, systems = system_names([*paths, *encoders]), []
@@ -291,6 +298,32 @@ def main(cfg: Config) -> None:
         with user_errors():
             report(cfg, data, systems)
     processes.wait()
+
+
+def encoders_differ(cfg: Config) -> str:
+    """What the encoders do not embed alike by, as far as no flag sets it for all of them; "" where they do."""
+    if len(cfg.encoder or []) < 2:
+        return ""
+    from bge_accel.model import differing_settings, read_settings
+
+    hub = {"cache_dir": cfg.cache_dir} if cfg.cache_dir is not None else {}
+    longest = max(cfg.max_query_length, cfg.max_passage_length)
+    settings = []
+    for name in cfg.encoder or []:
+        own = read_settings(name, **hub)
+        used = own.with_overrides(**overrides(cfg))
+        settings.append((name, replace(used, max_length=min(own.max_length or longest, longest), other_prompts={})))
+    return differing_settings(settings)
+
+
+def overrides(cfg: Config) -> dict[str, Any]:
+    """What flags set for all encoders; None is left to each."""
+    return {
+        "pooling": cfg.pooling_method,
+        "normalize": cfg.normalize_embeddings,
+        "query_prefix": BGE_INSTRUCTION if cfg.add_instruction else cfg.query_instruction_for_retrieval,
+        "passage_prefix": cfg.passage_instruction_for_retrieval,
+    }
 
 
 @contextmanager
@@ -335,16 +368,17 @@ def evaluate_encoder(
     from bge_accel.precision import resolve_dtype
 
     assert cfg.encoder is not None
+    of_all = overrides(cfg)
     dtype, precision_warning = resolve_dtype(cfg.fp16, cfg.bf16)
     if precision_warning and number == 0:
         warn(precision_warning)
     model = EmbeddingModel(
         cfg.encoder[number],
         dtype=dtype,
-        pooling=cfg.pooling_method,
-        normalize=cfg.normalize_embeddings,
-        query_instruction=BGE_INSTRUCTION if cfg.add_instruction else cfg.query_instruction_for_retrieval,
-        passage_instruction=cfg.passage_instruction_for_retrieval,
+        pooling=of_all["pooling"],
+        normalize=of_all["normalize"],
+        query_instruction=of_all["query_prefix"],
+        passage_instruction=of_all["passage_prefix"],
         lengths={f"--{name}": getattr(cfg, name) for name in ("max_query_length", "max_passage_length")},
         trust_remote_code=cfg.trust_remote_code,
         cache_dir=cfg.cache_dir,
@@ -379,6 +413,7 @@ def evaluate_encoder(
             "normalize": settings.normalize,
             "query_instruction": settings.query_prefix,
             "passage_instruction": settings.passage_prefix,
+            **lengths,
             "dtype": str(dtype).removeprefix("torch."),
             "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
             "processes": processes.world,
@@ -471,6 +506,12 @@ def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: b
     evaluation, about = system.evaluation, system.about
     if heading:
         print(f"\n== {system.name}")
+    if "model" in about:
+        model = about["model"]
+        for texts, kind in (("queries", "query"), ("passages", "passage")):
+            instruction = model[f"{kind}_instruction"]
+            shown = f"with {shorten(instruction, 80)} before each" if instruction else "without an instruction"
+            print(f"{texts} {shown}, cut to {model[f'max_{kind}_length']} tokens")
     if about.get("truncated_texts"):
         cut, encoded = about["truncated_texts"], about["encoded_texts"]
         print(f"{cut:,} of {encoded:,} encoded texts were longer than allowed and were cut")

@@ -22,7 +22,8 @@ The average of the last checkpoints of a run:
 
     python scripts/mix_models.py --run_dir ./tuned --last_checkpoints 5 --output_path ./averaged
 
-Tokenizer, pooling, prompts and configuration are the first model's (of checkpoints, the latest's).
+Where the models' pooling, prompts or lengths differ, --settings_from says whose the merged model has; else they are those
+of the first (of checkpoints, of the latest).
 """
 
 import importlib.util
@@ -51,6 +52,11 @@ class Config:
     run_dir: str | None = option(None, "folder with checkpoint-STEP folders, in place of models", group="models")
     last_checkpoints: int | None = option(
         None, "average so many of the run's last checkpoints", at_least=1, group="models"
+    )
+    settings_from: str | None = option(
+        None,
+        "the model whose tokenizer, pooling, prompts and length the merged one has, where they differ",
+        group="models",
     )
     trust_remote_code: bool = option(False, "run code that comes with the models", group="models")
     cache_dir: str | None = option(None, "where models from the hub are kept", group="models")
@@ -196,6 +202,7 @@ def main(cfg: Config) -> None:
                 cfg.model_type,
                 weights,
                 cfg.output_path,
+                settings_from=cfg.settings_from,
                 dtype=cfg.dtype,
                 max_shard_size=cfg.max_shard_size,
                 overwrite_output_dir=cfg.overwrite_output_dir,
@@ -217,7 +224,12 @@ def weigh_by_examples(cfg: Config, models: list[str]) -> tuple[list[float], dict
     examples = read_examples(cfg.example_data or [], cfg.model_type)
     check_examples(examples, cfg.model_type)
     losses = example_losses(
-        models, cfg.model_type, examples, objective=cfg.objective or "loss", **example_settings(cfg)
+        models,
+        cfg.model_type,
+        examples,
+        objective=cfg.objective or "loss",
+        settings_from=cfg.settings_from,
+        **example_settings(cfg),
     )
     about = ("objective", "temperature", "batch_size", "max_input_length", "neg_number", "seed")
     return weights_from_losses(losses, cfg.temperature), {
@@ -244,7 +256,15 @@ def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[st
 
     base, tuned = models
     scores = search_mixes(
-        base, tuned, cfg.model_type, dev, guard, num_steps=cfg.search_steps, on_score=show, cache_dir=cfg.cache_dir
+        base,
+        tuned,
+        cfg.model_type,
+        dev,
+        guard,
+        num_steps=cfg.search_steps,
+        on_score=show,
+        settings_from=cfg.settings_from,
+        cache_dir=cfg.cache_dir,
     )
     chosen = choose_mix(scores, cfg.max_drop)
     print(f"chosen: {chosen.tuned_weight:g} of the tuned model", flush=True)

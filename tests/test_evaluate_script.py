@@ -8,6 +8,7 @@ import torch
 from conftest import REPO
 from warm_start import Job
 
+from bge_accel.model import load_encoder, save_encoder
 from bge_accel.report import moved_into_top
 
 SCRIPT = "evaluate_retrieval.py"
@@ -198,3 +199,23 @@ def test_finds_what_it_should(run_script, real_model, toy, tmp_path):
     run_script(SCRIPT, "--encoder", real_model, *toy, "--output_file", "m.json")
     result = json.loads((tmp_path / "m.json").read_text())
     assert result["metrics"]["MRR@1"] == 1 and result["model"]["pooling"] == "mean"
+
+
+def test_models_of_different_instructions_are_told_apart(run_script, tiny_model, toy, tmp_path):
+    base, tuned = str(tmp_path / "base"), str(tmp_path / "tuned")
+    save_encoder(base, *load_encoder(tiny_model, pooling="mean"))
+    save_encoder(tuned, *load_encoder(tiny_model, pooling="mean", query_prefix="who: "))
+    args = ("--encoder", base, tuned, *toy, "--k", 3)
+    done = run_script(SCRIPT, *args)
+    assert (
+        f'warning: the models do not embed alike: query instruction none in {base}, "who: " in {tuned}. '
+        '--query_instruction_for_retrieval ("" for none), --passage_instruction_for_retrieval, '
+    ) in done.stderr
+    without = "queries without an instruction, cut to 32 tokens\npassages without an instruction, cut to 128 tokens\n"
+    assert f"== base\n{without}" in done.stdout
+    assert '== tuned\nqueries with "who: " before each, cut to 32 tokens\n' in done.stdout
+    done = run_script(SCRIPT, *args, "--query_instruction_for_retrieval", "")
+    assert "do not embed alike" not in done.stderr and f"== tuned\n{without}" in done.stdout
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["systems"]
+    assert metrics["base"]["metrics"] == metrics["tuned"]["metrics"]
+    assert metrics["tuned"]["model"]["max_query_length"] == 32

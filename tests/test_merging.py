@@ -1,8 +1,10 @@
 """Merging: to the bit where it can be, to float32 rounding else; complete or absent; every mismatch named."""
 
+import dataclasses
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import struct
@@ -310,16 +312,60 @@ def test_ten_mismatches_are_shown_and_all_counted(tmp_path):
         merge_models([a, b], "encoder", [0.5, 0.5], str(tmp_path / "out"))
 
 
+def test_models_of_different_instructions_need_a_choice(tmp_path, tiny_model):
+    base, tuned, out = (str(tmp_path / name) for name in ("base", "tuned", "out"))
+    save_encoder(base, *load_encoder(tiny_model, pooling="mean"))
+    encoder, tokenizer, settings = load_encoder(tiny_model, pooling="mean", query_prefix="what: ")
+    save_encoder(tuned, encoder, tokenizer, dataclasses.replace(settings, max_length=64))
+    message = (
+        f'the models do not embed alike: query instruction none in {base}, "what: " in {tuned}; maximum length 128 in '
+        f"{base}, 64 in {tuned}. Name the one whose settings the merged model takes: --settings_from {tuned}, "
+        f'or settings_from="{tuned}" in Python'
+    )
+    merge = (
+        lambda: merge_models([base, tuned], "encoder", [0.5, 0.5], out),
+        lambda: bge_accel.mix_models([base, tuned], "encoder", [0.5, 0.5], out),
+        lambda: bge_accel.mix_models_with_data([base, tuned], "encoder", EXAMPLES, output_path=out),
+        lambda: search_mixes(base, tuned, "encoder", lambda folder: 0.0),
+    )
+    for function in merge:
+        with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+            function()
+    assert not os.path.exists(out)
+    anew = {"overwrite_output_dir": True}
+    for settings_from, prefix, length in ((tuned, "what: ", 64), (base, "", 128), (tuned + "/", "what: ", 64)):
+        bge_accel.mix_models([base, tuned], "encoder", [0.5, 0.5], out, settings_from=settings_from, **anew)
+        settings = EmbeddingModel(out).settings
+        assert (settings.query_prefix, settings.max_length) == (prefix, length)
+        name = os.path.basename(settings_from.rstrip("/"))
+        assert f"those of {name}." in Path(out, "README.md").read_text()
+        assert json.loads(Path(out, RECIPE).read_text())["settings_from"] == name
+    bge_accel.mix_models_with_data([base, tuned], "encoder", EXAMPLES, output_path=out, settings_from=tuned, **anew)
+    assert EmbeddingModel(out).settings.query_prefix == "what: "
+    found = []
+    search_mixes(base, tuned, "encoder", lambda folder: found.append(EmbeddingModel(folder).settings.query_prefix) or 0,
+                 num_steps=1, settings_from=tuned)  # fmt: skip
+    assert found == ["what: "] * 2
+    with pytest.raises(ValueError, match=f"settings_from other is none of the models: {base}, {tuned}"):
+        merge_models([base, tuned], "encoder", [0.5, 0.5], out, settings_from="other", **anew)
+
+
 def test_pooling_has_to_agree_where_it_is_said(tmp_path, tiny_model):
     paths = {}
     for pooling in ("mean", "cls"):
         paths[pooling] = str(tmp_path / pooling)
         save_encoder(paths[pooling], *load_encoder(tiny_model, pooling=pooling))
     out = str(tmp_path / "out")
-    with pytest.raises(ValueError, match=r"cls: pooling cls; mean in .*mean"):
+    with pytest.raises(ValueError, match=r'embed alike: pooling "mean" in .*mean, "cls" in .*cls\. Name the one'):
         merge_models([paths["mean"], paths["cls"]], "encoder", [0.5, 0.5], out)
-    with pytest.raises(ValueError, match=r"mean: pooling mean, of which .* says nothing: put first a model that says"):
+    with pytest.raises(
+        ValueError, match=rf"mean says how it pools, and {tiny_model} does not\. .*--settings_from .*/mean,"
+    ):
         merge_models([tiny_model, paths["mean"]], "encoder", [0.5, 0.5], out)
+    for models in ([tiny_model, paths["mean"]], [paths["cls"], paths["mean"]]):
+        merge_models(models, "encoder", [0.5, 0.5], out, settings_from=paths["mean"], overwrite_output_dir=True)
+        assert EmbeddingModel(out).settings.pooling == "mean"
+    shutil.rmtree(out)
     merge_models([paths["mean"], tiny_model], "encoder", [0.5, 0.5], out)
     assert EmbeddingModel(out).settings.pooling == "mean"
     dense = Path(paths["mean"]) / "1_Pooling" / "model.safetensors"

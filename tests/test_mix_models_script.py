@@ -147,3 +147,18 @@ def test_a_plot_asks_for_matplotlib_before_anything_is_read(monkeypatch):
     args = ["--model_names_or_paths", "a/b", "c/d", "--search", "--dev_data", "x", "--plot", "y.png"]
     with pytest.raises(ValueError, match="--plot needs matplotlib: pip install matplotlib"):
         script["check"](parse_config(script["Config"], [*args, "--output_path", "out"]))
+
+
+@pytest.mark.parametrize("way", ["--weights 0.5 0.5", "--example_data rows.jsonl", "--search --dev_data rows.jsonl"])
+def test_an_instruction_is_not_lost(tmp_path, models, rows, way):
+    base, tuned = models[0], str(tmp_path / "tuned")
+    save_encoder(tuned, *load_encoder(models[1], query_prefix="ask: "))
+    common = ("--model_names_or_paths", base, tuned, *way.split(), "--output_path", "out")
+    said = run(tmp_path, *common, status=2)
+    [line] = [line for line in said.splitlines() if "error: " in line]
+    assert line.startswith(
+        f'mix_models.py: error: the models do not embed alike: query instruction none in {base}, "ask'
+    )
+    assert "Traceback" not in said and not (tmp_path / "out").exists()
+    run(tmp_path, *common, "--settings_from", tuned)
+    assert EmbeddingModel(str(tmp_path / "out")).settings.query_prefix == "ask: "
