@@ -74,6 +74,12 @@ def test_a_folder_appears_when_it_is_complete(tmp_path):
     assert files(tmp_path) == {"out/a": b"1"}
 
 
+def test_a_folder_that_was_removed_is_not_made_again(tmp_path):
+    with pytest.raises(FileNotFoundError), atomic_folder(str(tmp_path / "removed" / "checkpoint-3")):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path):
     for names in ("ab", "bc"):
         with atomic_folder(str(tmp_path / "out")) as folder:
@@ -329,6 +335,7 @@ def finish(run, step):
 @pytest.mark.parametrize("place", ["best", "checkpoint", "finished"])
 def test_the_best_model_is_found_where_the_run_has_it(tmp_path, place, same_folder):
     run = tmp_path / "run"
+    run.mkdir()
     make_checkpoint(run / "checkpoint-5")
     out = run if same_folder else tmp_path / "out"
     out.mkdir(exist_ok=True)
@@ -352,6 +359,7 @@ def test_the_best_model_is_found_where_the_run_has_it(tmp_path, place, same_fold
 
 def test_what_is_of_another_step_or_damaged_is_not_the_best_model(tmp_path):
     run = tmp_path / "run"
+    run.mkdir()
     make_checkpoint(run / "checkpoint-5")
     save_model(run / "best", 4)
     finish(run, 5)
