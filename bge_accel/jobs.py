@@ -189,6 +189,7 @@ def check_replaced_folder(flag: str, path: str, names: Collection[str]) -> None:
 
 def write_folder(path: str, files: Mapping[str, bytes]) -> None:
     """Writes a folder of files; a reader finds whole ones, of the old folder or of the new."""
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     with atomic_folder(path) as folder:
         for name, content in files.items():
             with open(os.path.join(folder, name), "wb") as file:

@@ -36,9 +36,9 @@ def test_nothing_is_on_both_sides(tmp_path: Path) -> None:
     assert {row["content"] for row in lines(tmp_path / "out/corpus.jsonl")} == {"n", *(row["pos"][0] for row in rows)}
     queries = lines(tmp_path / "out/queries.jsonl")
     assert [(q["query"], q["positive"]) for q in queries] == [(row["query"], row["pos"]) for row in dev]
-    split("--input_file", "rows.jsonl", "--held_out", 20, "--output_dir", "again", cwd=tmp_path)
+    split("--input_file", "rows.jsonl", "--held_out", 20, "--output_dir", "deep/again", cwd=tmp_path)
     for path in (tmp_path / "out").iterdir():
-        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+        assert path.read_bytes() == (tmp_path / "deep" / "again" / path.name).read_bytes()
 
 
 def test_what_it_writes_is_evaluated(tmp_path: Path, tiny_model: str, run_script: Run) -> None:
