@@ -45,9 +45,12 @@ from bge_accel.jobs import (
     new_row,
     open_work,
     progress,
+    read_part,
+    read_parts,
     rounded,
     warn,
     what_is_kept,
+    write_part,
 )
 from bge_accel.lock import lock_output, locked
 from bge_accel.mining import (
@@ -384,7 +387,7 @@ def main(cfg: Config) -> None:
 
     # ---- mine, chunk by chunk
     starts = range(0, len(rows), ROWS_PER_CHUNK)
-    pending = [number for number in range(len(starts)) if not os.path.exists(part_name(work, number))]
+    pending = [number for number in range(len(starts)) if read_part(part_name(work, number)) is None]
     processes.wait()  # all have seen what is missing before one writes
     counters = SharedCounters("chunks", processes.world > 1)
     with user_errors(), progress(len(pending), "mining", "chunk", shown=processes.rank == 0) as bar:
@@ -397,7 +400,7 @@ def main(cfg: Config) -> None:
                 for i, row in enumerate(chunk)
             ]
             mined, dropped = mine(chunk, targets)
-            write_part(part_name(work, number), chunk, kept, mined, dropped)
+            write_part(part_name(work, number), records_of(chunk, kept, mined, dropped))
             bar.update(counters.add("mined", 1) - bar.n)
     processes.wait()
 
@@ -510,13 +513,12 @@ def part_name(work: str, number: int) -> str:
     return os.path.join(work, f"part-{number:07d}")
 
 
-def write_part(
-    path: str, chunk: Sequence[dict], kept: Sequence[list[int]], mined: Sequence[Mined], dropped: Counter[str]
-) -> None:
-    """One JSON line a row, and one with what was dropped and why."""
-    lines = []
+def records_of(
+    chunk: Sequence[dict], kept: Sequence[list[int]], mined: Sequence[Mined], dropped: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """What is kept of a chunk: a record a row, and one with what was dropped and why."""
     for row, places, found in zip(chunk, kept, mined, strict=True):
-        record = {
+        yield {
             "query_id": text_id(row["query"]),
             "kept": places,
             "kept_scores": rounded(found.kept_scores),
@@ -526,10 +528,7 @@ def write_part(
             "filled": found.num_filled,
             "removed": len(row.get("neg") or []) - len(places),
         }
-        lines.append(json.dumps(record))
-    lines.append(json.dumps({"dropped": dropped}))
-    with atomic_file(path) as file:
-        file.write("\n".join(lines) + "\n")
+    yield {"dropped": dropped}
 
 
 # ---- the output
@@ -552,14 +551,11 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
     without, samples = [], []
 
     def records() -> Iterator[dict[str, Any]]:
-        for part in parts:
-            with open(part, encoding="utf-8") as file:
-                for line in file:
-                    record = json.loads(line)
-                    if "dropped" in record:
-                        dropped.update(record["dropped"])
-                    else:
-                        yield record
+        for record in read_parts(parts):
+            if "dropped" in record:
+                dropped.update(record["dropped"])
+            else:
+                yield record
 
     faults = Faults()
     items = (item for path in find_files(cfg.input_file, faults) for item in read_rows(path, faults))

@@ -15,9 +15,7 @@ import json
 import os
 import shutil
 from array import array
-from collections.abc import Iterator
 from dataclasses import MISSING, asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -32,9 +30,12 @@ from bge_accel.jobs import (
     new_row,
     open_work,
     progress,
+    read_part,
+    read_parts,
     rounded,
     warn,
     what_is_kept,
+    write_part,
 )
 from bge_accel.lock import lock_output
 from bge_accel.mining import text_histogram
@@ -170,7 +171,7 @@ def main(cfg: Config) -> None:
     own = list(zip(parts, starts, strict=True))[processes.rank :: processes.world]
     with user_errors():
         for part, start in progress(len(own), "scoring", "chunk", shown=processes.rank == 0, iterable=own):
-            if os.path.exists(part):
+            if read_part(part) is not None:
                 continue
             chunk = [rows[i] for i in range(start, min(start + ROWS_PER_CHUNK, len(rows)))]
             scores = reranker.score(
@@ -179,12 +180,11 @@ def main(cfg: Config) -> None:
                 for text in (*row["pos"], *(row.get("neg") or []))
             )
             ends = np.cumsum([len(row["pos"]) + len(row.get("neg") or []) for row in chunk])
-            lines = [
+            records = [
                 {"query_id": text_id(row["query"]), "scores": rounded(some.tolist())}
                 for row, some in zip(chunk, np.split(scores, ends[:-1]), strict=True)
             ]
-            with atomic_file(part) as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
+            write_part(part, records)
     processes.wait()
 
     # ---- write the rows and say what was done
@@ -201,14 +201,9 @@ def write_output(cfg: Config, num_rows: int, parts: list[str]) -> str:
     pos_scores, neg_scores, above = array("f"), array("f"), 0
     faults = Faults()
 
-    def records() -> Iterator[dict[str, Any]]:
-        for part in parts:
-            with open(part, encoding="utf-8") as file:
-                yield from map(json.loads, file)
-
     items = (item for path in find_files(cfg.input_file, faults) for item in read_rows(path, faults))
     with atomic_file(cfg.output_file) as file:
-        for number, record in enumerate(records()):
+        for number, record in enumerate(read_parts(parts)):
             where, _, row = next(items, ("", 0, {}))
             if not row or text_id(row["query"]) != record["query_id"]:
                 raise ValueError(

@@ -237,6 +237,21 @@ def test_another_runs_leftovers_are_not_used(tmp_path, tiny_model):
     assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "other.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("damaged", ["part-0000000", "fingerprint.json"])
+def test_damaged_leftovers_are_not_used(tmp_path, tiny_model, damaged):
+    write(tmp_path / "toy.jsonl", make_rows(600))
+    args = ("--range_for_sampling", "0-60", "--negative_number", 5)
+    mine(tmp_path, tiny_model, *args, output="whole.jsonl").ends()
+    job = mine(tmp_path, tiny_model, *args)
+    job.wait_until((tmp_path / "mined.jsonl.mining" / "part-0000001").exists)
+    job.kill()
+    path = tmp_path / "mined.jsonl.mining" / damaged
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:-2]))  # whole lines, and fewer of them
+    text = mine(tmp_path, tiny_model, *args).ends()
+    assert ("going on from an interrupted run: 1 of" if damaged.startswith("part") else "starting afresh") in text
+    assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_the_pools_embeddings_are_kept_and_taken(tmp_path, tiny_model):
     """Also those of encode_corpus.py; those of other texts are refused."""
     write(tmp_path / "toy.jsonl", make_rows(40))
@@ -306,10 +321,12 @@ def test_scoring_killed_and_resumed(tmp_path, tiny_reranker):
     args = ("--reranker", tiny_reranker, "--input_file", "toy.jsonl", "--query_instruction_for_rerank", "q: ")
     Job(*args, "--output_file", "whole.jsonl", cwd=tmp_path, script=SCORE).ends()
     job = Job(*args, "--output_file", "scored.jsonl", cwd=tmp_path, script=SCORE)
-    job.wait_until((tmp_path / "scored.jsonl.scoring" / "part-0000001").exists)
+    part = tmp_path / "scored.jsonl.scoring" / "part-0000001"
+    job.wait_until(part.exists)
     job.kill()
+    part.write_bytes(b"".join(part.read_bytes().splitlines(keepends=True)[:-1]))  # damaged: it is made again
     text = Job(*args, "--output_file", "scored.jsonl", cwd=tmp_path, script=SCORE, processes=2).ends()
-    assert "going on from an interrupted run: 2 of" in text
+    assert "going on from an interrupted run: 1 of" in text
     assert (tmp_path / "scored.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert len(TrainingRows([str(tmp_path / "scored.jsonl")])) == 800
 
