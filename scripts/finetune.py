@@ -956,6 +956,8 @@ def main(cfg: Config) -> int:
                 lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
             with user_errors():
                 logged = [(line, row) for line in lines if (row := log_row(log_path, line))["step"] <= step]
+            if best is not None and best.last_step != step:  # that step's measurement comes again too
+                logged = [(line, row) for line, row in logged if row["step"] < step or "eval" not in row]
             kept = [line for line, _ in logged]
             measured = {row["step"]: row["eval"] for _, row in logged if "eval" in row}
         with open(f"{log_path}.part", "w", encoding="utf-8") as file:
@@ -1077,8 +1079,11 @@ def main(cfg: Config) -> int:
         settings.query_prefix, settings.passage_prefix, cfg.query_max_len, cfg.passage_max_len, max_tokens
     )
 
-    def measure(step: int) -> None:
-        """Retrieval on each of `eval_data` by all processes, into the log; the best weights so far are kept."""
+    def measure(step: int) -> bool:
+        """Retrieval on each of `eval_data` by all processes, into the log; the best weights so far are kept.
+
+        Returns whether the run's patience is at its end.
+        """
         assert best is not None
         started = time.perf_counter()
         # Compiled, the layers would be compiled anew for what encoding does to them.
@@ -1100,13 +1105,19 @@ def main(cfg: Config) -> int:
             with saving_errors(step, cfg.output_dir):
                 save_model(step, BEST)
         window.start += time.perf_counter() - started  # rates are those of training
+        if cfg.early_stopping_patience is None or best.waited < cfg.early_stopping_patience or step == num_steps:
+            return False
+        say(f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}")
+        return True
 
     # ---- the loop
     bar = progress(num_steps, "training", "step", shown=is_main and not cfg.disable_tqdm, initial=step)
     window, stopped, unchecked = Window(len(feeds), device), 0, None
-    if cfg.eval_on_start and step == 0:
-        measure(step)
-    for index, batch in enumerate(prefetch(batches(first_batch)) if step < num_steps else (), start=first_batch):
+    is_end = step == num_steps
+    # A run that was stopped at a step with a measurement has saved at once.
+    if best is not None and best.last_step != step and (step % cfg.eval_steps == 0 if step else cfg.eval_on_start):
+        is_end |= measure(step)
+    for index, batch in enumerate(() if is_end else prefetch(batches(first_batch)), start=first_batch):
         if cfg.stopping_strategy != "repeat":
             first = cfg.stopping_strategy == "first_exhausted"
             ended = int((max if first else min)(batch.passes) > 0)
@@ -1244,13 +1255,8 @@ def main(cfg: Config) -> int:
                 for name, of_source in record.get("sources", {}).items():
                     figures |= {f"{key}/{name}": value for key, value in of_source.items()}
                 accelerator.log(figures, step=step)
-        if best is not None and measured_now:
-            measure(step)
-            if cfg.early_stopping_patience is not None and best.waited >= cfg.early_stopping_patience and not is_end:
-                say(
-                    f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}"
-                )
-                is_end = True
+        if measured_now:
+            is_end |= measure(step)
         if (due and not is_end) or stopped:
             saved_epoch = epoch_done
             with saving_errors(step, cfg.output_dir):

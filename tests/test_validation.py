@@ -185,6 +185,20 @@ def weights_of(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
+def test_stopped_at_a_measurement_it_is_made_when_the_run_goes_on(tmp_path: Path, start: Start, dev: str) -> None:
+    """A signal is answered by saving at once. The measurement then comes once, and early stopping counts it."""
+    more = (*BEST, *RUIN, "--eval_data", dev, "--save_steps", 1000, "--max_steps", 20, "--early_stopping_patience", 2)
+    start("whole", *more).ends()
+    assert [record["step"] for record in measured(tmp_path / "whole")] == [0, 3, 6]
+    for batches, number, status in ((3, "SIGTERM", 0), (2, "SIGKILL", -9), (3, "SIGTERM", 0)):  # the second loses its work
+        env = {"STOP_AFTER": str(batches), "STOP_SIGNAL": number}
+        start("out", *more, *LATEST, through=(SPY_ROWS,), env=env).ends(status)
+    assert [step for step, _ in find_checkpoints(str(tmp_path / "out"))] == [3, 6]
+    assert "stopping early: 2 measurements in a row" in start("out", *more, *LATEST).ends()
+    assert measured(tmp_path / "out") == measured(tmp_path / "whole")
+    assert weights_of(tmp_path / "out") == weights_of(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_finished_run_is_extended_and_keeps_its_best(tmp_path: Path, start: Start, dev: str, processes: int) -> None:
     """In its folder, and in another: the first measurement stays the best, and its weights the final ones."""
