@@ -287,10 +287,11 @@ def note_saved(folder: str, step: int) -> None:
 def note_complete(folder: str, run: Mapping[str, Any]) -> None:
     """Notes in a saved model that it is the end of a run, and of which."""
     path = os.path.join(folder, SAVED)
-    content = {**load_json(path), "run": run}
-    with open(path, "w", encoding="utf-8") as file:
+    content, aside = {**load_json(path), "run": run}, f"{path}.incomplete"
+    with open(aside, "w", encoding="utf-8") as file:
         json.dump(content, file, indent=1)
-    flush(path)
+    flush(aside)
+    os.replace(aside, path)  # without this file nobody knows the model: a kill has to leave the old one or the new
 
 
 def is_complete(output_dir: str, run: Mapping[str, Any]) -> bool:

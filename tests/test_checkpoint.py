@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from bge_accel.checkpoint import (
     MANIFEST,
+    SAVED,
     StopSignals,
     atomic_folder,
     check_room,
@@ -28,9 +29,11 @@ from bge_accel.checkpoint import (
     differences,
     find_checkpoints,
     interruptible,
+    is_complete,
     keep_best,
     load_optimizer_tensors,
     move_into,
+    note_complete,
     note_saved,
     optimizer_tensors,
     random_state,
@@ -284,6 +287,32 @@ def test_a_move_that_was_killed_anywhere_is_finished(tmp_path):
             move_into(str(out / "best"), str(out))
         assert contents(out) == MOVED
     assert kills > 7
+
+
+def test_a_best_model_stays_known_wherever_the_note_of_its_run_is_killed(tmp_path):
+    """It is rewritten before the best model moves into its run's folder; cut short, nobody would know the model again."""
+    (tmp_path / "model.safetensors").write_text("best")
+    note_saved(str(tmp_path), 6)
+    kills, calls, noted = 0, 0, False
+    while not noted:
+        child = os.fork()
+        if child == 0:
+            left = calls + 1
+
+            def count(frame, event, argument):
+                nonlocal left
+                left -= 1
+                if left == 0:
+                    os._exit(9)
+
+            sys.setprofile(count)
+            note_complete(str(tmp_path), {"settings": 1})
+            os._exit(0)
+        noted = os.waitpid(child, 0)[1] == 0
+        kills, calls = kills + 1, calls + 5
+        assert what_is_damaged(str(tmp_path), SAVED) is None
+        assert json.loads((tmp_path / SAVED).read_text())["step"] == 6
+    assert kills > 20 and is_complete(str(tmp_path), {"settings": 1})
 
 
 @pytest.mark.parametrize(
