@@ -918,16 +918,19 @@ def main(cfg: Config) -> int:
         from_first(lambda: check_room(cfg.output_dir, room, remedy))
     accelerator.wait_for_everyone()
     if is_main:
-        os.makedirs(cfg.output_dir, exist_ok=True)
-        remove_leftovers(cfg.output_dir)
-        for path in later if cfg.resume_from_checkpoint != "latest" else ():
-            say(f"note: {path}, of an earlier run, is removed")
-            remove_checkpoint(path)
-        for name in (REQUEUE, SAVED) if resumed is None else (REQUEUE,):  # begun afresh, it is not complete any more
-            if os.path.exists(os.path.join(cfg.output_dir, name)):
-                os.remove(os.path.join(cfg.output_dir, name))
-        with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
-            file.write(to_yaml(without_secrets(cfg)))
+        with saving_errors(step, cfg.output_dir):
+            os.makedirs(cfg.output_dir, exist_ok=True)
+            remove_leftovers(cfg.output_dir)
+            for path in later if cfg.resume_from_checkpoint != "latest" else ():
+                say(f"note: {path}, of an earlier run, is removed")
+                remove_checkpoint(path)
+            for name in (
+                (REQUEUE, SAVED) if resumed is None else (REQUEUE,)
+            ):  # begun afresh, it is not complete any more
+                if os.path.exists(os.path.join(cfg.output_dir, name)):
+                    os.remove(os.path.join(cfg.output_dir, name))
+            with open(os.path.join(cfg.output_dir, "run_config.yaml"), "w", encoding="utf-8") as file:
+                file.write(to_yaml(without_secrets(cfg)))
     if best is not None and best.value is not None and cfg.load_best_model_at_end:
         kept = best.value, best.step
         with saving_errors(step, cfg.output_dir):
@@ -947,22 +950,11 @@ def main(cfg: Config) -> int:
         }
         accelerator.init_trackers("bge_accel", config=flat, init_kwargs=names)
     log_path, license = os.path.join(cfg.output_dir, "train_log.jsonl"), dict[str, str]()
-    measured: dict[int, dict[str, dict[str, float]]] = {}
     if is_main:
         license = license_of(cfg.model_name_or_path, cache_dir=cfg.cache_dir, token=cfg.token)
-        kept = []
-        if resumed is not None and os.path.exists(log_path):  # what was logged after the checkpoint comes again
-            with open(log_path, encoding="utf-8") as file:
-                lines = [line for line in file if line.endswith("\n")]  # the last one may be cut
-            with user_errors():
-                logged = [(line, row) for line in lines if (row := log_row(log_path, line))["step"] <= step]
-            if best is not None and best.last_step != step:  # that step's measurement comes again too
-                logged = [(line, row) for line, row in logged if row["step"] < step or "eval" not in row]
-            kept = [line for line, _ in logged]
-            measured = {row["step"]: row["eval"] for _, row in logged if "eval" in row}
-        with open(f"{log_path}.part", "w", encoding="utf-8") as file:
-            file.writelines(kept)
-        os.replace(f"{log_path}.part", log_path)
+    with user_errors(), saving_errors(step, cfg.output_dir):
+        has_measured = best is None or best.last_step == step
+        measured = from_first(lambda: rewind_log(log_path, resumed and resumed["step"], has_measured=has_measured))
 
     amount = "rows from streams" if cfg.streaming else f"{num_rows:,} rows"
     epochs = f" ({plan.num_epochs:.2f} epochs)" if plan.num_epochs is not None else ""
@@ -1441,10 +1433,35 @@ def peak_memory_gb(device: Any) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
-def log_row(path: str, line: str) -> dict[str, Any]:
+def rewind_log(path: str, step: int | None, *, has_measured: bool) -> dict[int, dict[str, dict[str, float]]]:
+    """Takes out of a training log what comes again after a step; the metrics that stay, by step and data set.
+
+    Args:
+        step: None where a run begins, of which nothing stays.
+        has_measured: whether what was measured at the step itself does not come again.
+
+    Raises:
+        ValueError: a line is none of a log.
+    """
+    kept, measured = list[bytes](), dict[int, Any]()
+    if step is not None and os.path.exists(path):
+        with open(path, "rb") as file:
+            for line in file:
+                if line.endswith(b"\n"):  # the last one may be cut
+                    row = log_row(path, line)
+                    if row["step"] < step or (row["step"] == step and (has_measured or "eval" not in row)):
+                        kept.append(line)
+                        measured |= {row["step"]: row["eval"]} if "eval" in row else {}
+    with open(f"{path}.part", "wb") as file:
+        file.writelines(kept)
+    os.replace(f"{path}.part", path)
+    return measured
+
+
+def log_row(path: str, line: bytes) -> dict[str, Any]:
     """One line of the training log; ValueError where it is none."""
     try:
-        row = decode_json(line.encode())
+        row = decode_json(line)
         if isinstance(row["step"], int):
             return row
     except (ValueError, LookupError, TypeError):

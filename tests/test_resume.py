@@ -493,6 +493,25 @@ def test_damaged_checkpoints_are_named_and_passed_over(
     assert "--resume_from_checkpoint all_damaged/checkpoint-2: training_state/optimizer.safetensors does not" in text
 
 
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_damaged_log_is_named_and_left_as_it_is(tmp_path: Path, start: Start, processes: int) -> None:
+    """Bytes that are no UTF-8, and a folder in its place; a new run does not look at it."""
+    out, more = tmp_path / "out", ("--max_steps", 2, "--save_steps", 1)
+    start("out", *more, processes=processes).ends()
+    damaged = b'{"step": 1, "run": "\xe9"}\n' + (out / "train_log.jsonl").read_bytes()
+    (out / "train_log.jsonl").write_bytes(damaged)
+    text = start("out", *more, "--max_steps", 3, *LATEST, processes=processes).ends(2)
+    assert "error: out/train_log.jsonl: " in text and "is no line of a log; move the file away to resume" in text
+    assert "Traceback" not in text and (out / "train_log.jsonl").read_bytes() == damaged
+    start("out", *more, "--overwrite_output_dir", processes=processes).ends()
+    assert [record["step"] for record in log(out)] == [1, 2]
+    if processes == 1:
+        (out / "train_log.jsonl").unlink()
+        (out / "train_log.jsonl").mkdir()
+        text = start("out", *more, "--max_steps", 3, *LATEST).ends(1)
+        assert "out/train_log.jsonl'; earlier checkpoints are untouched. Mend that" in text and "Traceback" not in text
+
+
 # ---- what has changed since
 
 

@@ -190,7 +190,11 @@ def test_stopped_at_a_measurement_it_is_made_when_the_run_goes_on(tmp_path: Path
     more = (*BEST, *RUIN, "--eval_data", dev, "--save_steps", 1000, "--max_steps", 20, "--early_stopping_patience", 2)
     start("whole", *more).ends()
     assert [record["step"] for record in measured(tmp_path / "whole")] == [0, 3, 6]
-    for batches, number, status in ((3, "SIGTERM", 0), (2, "SIGKILL", -9), (3, "SIGTERM", 0)):  # the second loses its work
+    for batches, number, status in (
+        (3, "SIGTERM", 0),
+        (2, "SIGKILL", -9),
+        (3, "SIGTERM", 0),
+    ):  # the second loses its work
         env = {"STOP_AFTER": str(batches), "STOP_SIGNAL": number}
         start("out", *more, *LATEST, through=(SPY_ROWS,), env=env).ends(status)
     assert [step for step, _ in find_checkpoints(str(tmp_path / "out"))] == [3, 6]
