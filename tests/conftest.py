@@ -24,7 +24,11 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is the same on ev
 
 
 def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1, seed: int = 0) -> str:
-    """A BERT with random weights and a WordPiece tokenizer that knows letters, digits and a few CJK characters."""
+    """A BERT with random weights and a WordPiece tokenizer that knows letters, digits and a few CJK characters.
+
+    Words are large and attention is strong, so that the first token's state, too, tells one text from another: as BERT
+    begins, they would differ by rounding alone, and each processor would rank them in another way.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
@@ -60,7 +64,13 @@ def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )
-    BertModel(config).save_pretrained(folder)
+    model = BertModel(config)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight *= 4
+        for layer in model.encoder.layer:
+            layer.attention.self.value.weight *= 10
+            layer.attention.output.dense.weight *= 10
+    model.save_pretrained(folder)
     fast.save_pretrained(folder)
     return str(folder)
 

@@ -130,7 +130,7 @@ def test_encoders_and_a_run_with_their_passages(tmp_path, tiny_model, real_model
     first = json.loads((tmp_path / "metrics.json").read_text())
     tiny, real = first["systems"]
     found = first["comparisons"][real]
-    assert first["systems"][real]["metrics"]["MRR@1"] == 1 and found["metrics"]["MRR@5"]["difference"] > 0.2
+    assert first["systems"][real]["metrics"]["MRR@1"] == 1 and found["metrics"]["MRR@5"]["difference"] > 0.05
     assert found["gained"][0]["other_first"] in texts and found["gained"][0]["query"].startswith("who eats")
     assert found["gained"][0]["query"] in (tmp_path / "page.html").read_text()
 
