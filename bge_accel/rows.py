@@ -33,7 +33,7 @@ from bge_accel.reading import (
 if TYPE_CHECKING:
     import pyarrow as pa
 
-FORMAT = 2  # of the cached files; a higher one makes them anew
+FORMAT = 3  # of the cached files; a higher one makes them anew
 ROWS_PER_BATCH = 1000
 # A file of up to so many bytes is digested whole (in a tenth of a second); of a larger one, so many blocks of this size.
 DIGESTED_WHOLE, DIGESTED_BLOCKS, DIGESTED_BLOCK_SIZE = 2**26, 256, 2**16
@@ -303,7 +303,10 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
             "copy of the data by --cache_path"
         ) from None
     try:
-        return RowFile(path, f"{name}.arrow", load_json(f"{name}.json")["digest"])
+        note = load_json(f"{name}.json")
+        if note["copy"] != file_digest(f"{name}.arrow"):
+            raise ValueError("it is not what was written")
+        return RowFile(path, f"{name}.arrow", note["digest"])
     except Exception as error:
         if not (is_broken_file(error) or isinstance(error, ValueError | LookupError | TypeError)):
             raise
@@ -311,19 +314,26 @@ def open_rows(path: str, cache_folder: str, faults: Faults) -> RowFile | None:
 
 
 def file_state(path: str) -> tuple[int, int, str]:
-    """Size, time of change and a digest of a file: of all its bytes, or of its head, its tail and blocks between.
+    """Size, time of change and a digest of a file: an editor or a copy may keep size and time."""
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, file_digest(path)
 
-    An editor or a copy may keep size and time. What is changed in a large file between the blocks alone is not seen.
+
+def file_digest(path: str) -> str:
+    """Digest of a file's size and all its bytes, or of a large one's head, its tail and blocks between.
+
+    What is changed in a large file between the blocks alone is not seen.
     """
-    status, digest = os.stat(path), hashlib.blake2b(digest_size=16)
-    starts: Sequence[int] = range(0, status.st_size, DIGESTED_BLOCK_SIZE)
-    if status.st_size > DIGESTED_WHOLE:
+    size = os.path.getsize(path)
+    digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+    starts: Sequence[int] = range(0, size, DIGESTED_BLOCK_SIZE)
+    if size > DIGESTED_WHOLE:
         starts = [starts[i * (len(starts) - 1) // (DIGESTED_BLOCKS - 1)] for i in range(DIGESTED_BLOCKS)]
     with open(path, "rb", buffering=0) as file:
         for start in starts:
             file.seek(start)
             digest.update(file.read(DIGESTED_BLOCK_SIZE))
-    return status.st_size, status.st_mtime_ns, digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _hash(text: str) -> str:
@@ -369,9 +379,15 @@ def _write_cache(path: str, name: str, faults: Faults) -> bool:
                 flush()
         if faults.count > before:
             return False
+        about = {
+            "path": os.path.realpath(path),
+            "rows": count,
+            "digest": digest.hexdigest(),
+            "copy": file_digest(aside),
+        }
         os.replace(aside, f"{name}.arrow")
         with open(aside, "w", encoding="utf-8") as note:
-            json.dump({"path": os.path.realpath(path), "rows": count, "digest": digest.hexdigest()}, note)
+            json.dump(about, note)
         os.replace(aside, f"{name}.json")
         return True
     finally:

@@ -165,6 +165,17 @@ def test_a_path_that_is_no_text_can_be_kept(tmp_path, cache):
     assert [len(TrainingRows([path], cache_folder=cache)) for _ in range(2)] == [2, 2]
 
 
+def test_a_copy_in_which_a_byte_changed_is_refused(write, cache):
+    path = write("a.jsonl", numbered(3))
+    rows = list(TrainingRows([path], cache_folder=cache))
+    arrow = Path(cache, next(name for name in kept(cache) if name.endswith(".arrow")))
+    raw, text = bytearray(arrow.read_bytes()), rows[1]["query"].encode()
+    raw[raw.index(text)] ^= 1
+    arrow.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"\.arrow, the checked copy of .*a\.jsonl, is damaged"):
+        TrainingRows([path], cache_folder=cache)
+
+
 @pytest.mark.parametrize("lost", [".json", ".arrow", ".part"])
 def test_a_copy_that_a_killed_process_left_half_done_is_made_anew(write, cache, lost):
     path = write("a.jsonl", numbered(3))
