@@ -42,7 +42,7 @@ def locked(path: str, *, is_folder: bool = True) -> Iterator[None]:
     Raises:
         ValueError: another run, which is named, is writing there; or nothing can be written there.
     """
-    lock, kind = _lock_of(path, is_folder), "folder" if is_folder else "file"
+    lock, kind = _lock_of(path, is_folder), "folder" if is_folder or os.path.isdir(path) else "file"
     if _held.get(lock) == os.getpid():
         yield
         return

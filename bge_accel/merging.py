@@ -195,6 +195,9 @@ def merge_models(
     shard_size = parse_size(max_shard_size)
     check_output_folder(output_path, model_names_or_paths, overwrite=overwrite_output_dir)
     with ExitStack() as stack:
+        stack.enter_context(
+            locked(output_path, is_folder=False)
+        )  # beside the folder, which is replaced with its own lock
         stack.enter_context(locked(output_path))
         models = open_models(model_names_or_paths, stack, cache_dir=cache_dir, token=token)
         plan = check_models(models, model_type, dtype=out_dtype, settings_from=settings_from)

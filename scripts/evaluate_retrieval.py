@@ -218,12 +218,24 @@ def check(cfg: Config) -> None:
         check_folder("--figures_dir", cfg.figures_dir)
     inputs = [*(cfg.corpus_data or []), *(cfg.query_data or []), *([cfg.qrels] if cfg.qrels else []), *runs]
     outputs: dict[str, str] = {}
-    for name in ("output_file", "save_ranking", "report", "save_run"):
-        given = getattr(cfg, name)
-        for path in [given] if isinstance(given, str) else given or []:
-            check_output(f"--{name}", path, [path for path in inputs if os.path.exists(path)])
-            if (other := outputs.setdefault(os.path.abspath(path), name)) != name:
-                raise ValueError(f"--{name} and --{other} are both {path}; name two files")
+    for name, path in output_files(cfg):
+        check_output(f"--{name}", path, [path for path in inputs if os.path.exists(path)])
+        if (other := outputs.setdefault(os.path.abspath(path), name)) != name:
+            raise ValueError(f"--{name} and --{other} are both {path}; name two files")
+
+
+def output_files(cfg: Config) -> list[tuple[str, str]]:
+    """Flag and path of each file that is written."""
+    given = {name: getattr(cfg, name) for name in ("output_file", "save_ranking", "report", "save_run")}
+    return [
+        (name, path) for name, value in given.items() for path in ([value] if isinstance(value, str) else value or [])
+    ]
+
+
+def lock_outputs(cfg: Config) -> None:
+    """Keeps other runs from all files that are written."""
+    for _, path in output_files(cfg):
+        lock_output(path, is_folder=False)
 
 
 def save_paths(cfg: Config) -> list[str]:
@@ -260,7 +272,7 @@ def main(cfg: Config) -> None:
         start_processes(cfg)
         keep_own_gpu()
         processes = Processes()
-        processes.on_first(lambda: lock_output(cfg.output_file, is_folder=False))
+        processes.on_first(lambda: lock_outputs(cfg))
         runs, data = read_inputs(cfg)
     counts = data.counts
     for warning in data.warnings:

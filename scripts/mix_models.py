@@ -185,6 +185,7 @@ def main(cfg: Config) -> None:
             models = cfg.model_names_or_paths or last_checkpoints(str(cfg.run_dir), cfg.last_checkpoints or 0)
             check_output_folder(cfg.output_path, models, overwrite=cfg.overwrite_output_dir)
             check_complete(models[0], cfg.model_type, trust_remote_code=cfg.trust_remote_code, cache_dir=cfg.cache_dir)
+            lock_output(cfg.output_path, is_folder=False)  # beside the folder, which is replaced with its own lock
             lock_output(cfg.output_path)
             recipe: dict[str, Any] = {}
             if way == "weights":

@@ -78,6 +78,7 @@ def read_result(path: str) -> dict[str, Any]:
 def main(cfg: Config) -> None:
     with user_errors():
         from bge_accel.jobs import atomic_file, check_folder, check_output
+        from bge_accel.lock import lock_output
 
         if cfg.run is None and not cfg.metrics:
             raise ValueError("there is nothing to report: give --run, --metrics or both")
@@ -88,6 +89,7 @@ def main(cfg: Config) -> None:
             check_folder("--figures_dir", cfg.figures_dir)
         if cfg.figures_dir is not None and importlib.util.find_spec("matplotlib") is None:
             raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
+        lock_output(cfg.output_file, is_folder=False)
         results = {path: read_result(path) for path in cfg.metrics or []}
 
         from bge_accel.html_report import results_page, training_page

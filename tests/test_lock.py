@@ -137,6 +137,28 @@ def test_a_second_run_is_refused_before_it_writes(
     assert sorted(folder.rglob("*")) == before
 
 
+EVALUATE = "--encoder MODEL --corpus_data corpus.jsonl --query_data queries.jsonl --output_file other "
+
+
+@pytest.mark.parametrize("holder", [False], indirect=True)
+@pytest.mark.parametrize(
+    ("script", "args"),
+    [
+        ("mix_models.py", SCRIPTS["mix_models.py"][0]),  # beside the folder, whose own lock goes when it is replaced
+        ("evaluate_retrieval.py", EVALUATE + "--save_run out"),
+        ("evaluate_retrieval.py", EVALUATE + "--report out"),
+        ("report.py", "--metrics corpus.jsonl --output_file out"),
+    ],
+)
+def test_every_output_has_a_lock(
+    folder: Path, tiny_model: str, script: str, args: str, holder: subprocess.Popen, run_script: Run
+) -> None:
+    before = sorted(folder.rglob("*"))
+    said = run_script(script, *args.replace("MODEL", tiny_model).split(), status=2).stderr
+    assert f"process {holder.pid} on {socket.gethostname()}" in said and "Traceback" not in said, said
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_two_trainings_in_one_folder(folder: Path, tiny_model: str, run_script: Run) -> None:
     """The second is refused, whatever its flags; killed, the first is gone on with."""
     train = [*FINETUNE.replace("MODEL", tiny_model).replace("--save_strategy no", "--save_steps 2").split()]
