@@ -18,7 +18,7 @@ from bge_accel import unpadded
 from bge_accel.batching import TOKENIZING, TokenBatch, check_tokens, default_token_budget, make_token_batch, tokenize
 from bge_accel.jobs import progress
 from bge_accel.lock import locked
-from bge_accel.model import Encoder, check_lengths, instruction_prefix, load_encoder, max_positions
+from bge_accel.model import Encoder, check_lengths, check_prefix, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
 from bge_accel.precision import default_device, resolve_dtype
 from bge_accel.reading import shorten
@@ -346,6 +346,7 @@ class EmbeddingModel:
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
         lengths: tokens that calls will cut texts to, checked before the weights are loaded; see `model.check_lengths`.
+        cut_by: which of them cuts a "query", which a "passage", see `model.load_encoder`.
 
     Raises:
         ValueError: see `model.load_encoder`.
@@ -372,6 +373,7 @@ class EmbeddingModel:
         passage_max_length: int | None = None,
         convert_to_numpy: bool = True,
         lengths: Mapping[str, int | None] | None = None,
+        cut_by: Mapping[str, str] | None = None,
         trust_remote_code: bool = False,
         cache_dir: str | None = None,
         token: str | None = None,
@@ -394,6 +396,7 @@ class EmbeddingModel:
             passage_prefix=instruction_prefix(passage_instruction, passage_instruction_format),
             dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
             lengths={**own_lengths, **(lengths or {})},
+            cut_by=cut_by,
             trust_remote_code=trust_remote_code,
             cache_dir=cache_dir,
             token=token,
@@ -590,11 +593,13 @@ class EmbeddingModel:
         show_progress: bool,
         description: str,
     ) -> np.ndarray | torch.Tensor:
+        length = self._length(max_length)
+        check_prefix(self.tokenizer, prefix, length, "max_length", "text")
         embeddings = encode_texts(
             self.encoder,
             self.tokenizer,
             as_texts(texts),
-            max_length=self._length(max_length),
+            max_length=length,
             prefix=prefix,
             max_texts=_at_least_one(batch_size or self.batch_size),
             show_progress=show_progress,

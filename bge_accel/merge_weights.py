@@ -175,6 +175,7 @@ def example_losses(
             pooling=said.pooling,
             normalize=said.normalize,
             lengths={"max_input_length": max_input_length},
+            cut_by={"query": "max_input_length", "passage": "max_input_length"},
             trust_remote_code=trust_remote_code,
         )
         if objective == "loss":

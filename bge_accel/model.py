@@ -322,6 +322,8 @@ def load_encoder(
     longest: int = 0,
     gradient_checkpointing: bool = False,
     lengths: Mapping[str, int | None] | None = None,
+    cut_by: Mapping[str, str] | None = None,
+    other_prefixes: Mapping[str, Sequence[str]] | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> tuple[Encoder, Any, EmbeddingSettings]:
@@ -332,6 +334,8 @@ def load_encoder(
         longest: tokens that texts will be cut to; raises the checkpoint's own maximum length where the model can.
         gradient_checkpointing: recompute activations layer by layer in the backward pass.
         lengths: see `check_lengths`; looked at before the weights are loaded.
+        cut_by: which of `lengths` cuts a "query", which a "passage": their instructions have to leave room in it.
+        other_prefixes: what stands before some queries or passages in place of the model's own.
         hub: `cache_dir`, `token`, `revision`.
 
     Returns:
@@ -353,6 +357,14 @@ def load_encoder(
         config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
         tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
         check_lengths(tokenizer, lengths or {})
+        chosen = {
+            "query": settings.query_prefix if query_prefix is None else query_prefix,
+            "passage": settings.passage_prefix if passage_prefix is None else passage_prefix,
+        }
+        for kind, name in (cut_by or {}).items():
+            length = (lengths or {}).get(name) or settings.max_length or max_positions(config)
+            for prefix in (chosen[kind], *(other_prefixes or {}).get(kind, ())):
+                check_prefix(tokenizer, prefix, length, name, kind)
         if gradient_checkpointing:
             with torch.device("meta"):
                 check_gradient_checkpointing(
@@ -400,6 +412,23 @@ def check_lengths(tokenizer: Any, lengths: Mapping[str, int | None]) -> None:
                 f"{name} is {length}: the model's tokenizer puts {special} special tokens into each text, so it has to be "
                 f"at least {special + 1}"
             )
+
+
+def check_prefix(tokenizer: Any, prefix: str, length: int, name: str, kind: str) -> None:
+    """Raises ValueError where an instruction fills a text's whole length, so that all texts would be the same.
+
+    Args:
+        length: tokens that texts are cut to, special ones included.
+        name: of the flag or argument that says so.
+        kind: what the texts are, for the message.
+    """
+    with TOKENIZING:
+        num_tokens = len(tokenizer(prefix, truncation=True, max_length=length)["input_ids"])
+    if prefix and num_tokens >= length:
+        raise ValueError(
+            f"{name} is {length}: the {kind} instruction {shorten(prefix)} fills it, and nothing of any {kind} is left; "
+            "make it larger, or the instruction shorter"
+        )
 
 
 def encoder_class(model_type: str) -> Any:

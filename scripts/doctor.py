@@ -287,6 +287,7 @@ def read_model(cfg: Config) -> dict[str, Any]:
         longest=max(cfg.query_max_len, cfg.passage_max_len),
         gradient_checkpointing=cfg.gradient_checkpointing,
         lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
+        cut_by={"query": "--query_max_len", "passage": "--passage_max_len"},
         **hub,
     )
     tokenizer.model_max_length = 10**9  # texts are tokenised whole

@@ -173,6 +173,7 @@ def main(cfg: Config) -> None:
             query_instruction=cfg.query_instruction_for_retrieval,
             passage_instruction=cfg.passage_instruction_for_retrieval,
             lengths={"--max_length": cfg.max_length},
+            cut_by={cfg.kind: "--max_length"},
             trust_remote_code=cfg.trust_remote_code,
             cache_dir=cfg.cache_dir,
         )

@@ -392,6 +392,7 @@ def evaluate_encoder(
         query_instruction=of_all["query_prefix"],
         passage_instruction=of_all["passage_prefix"],
         lengths={f"--{name}": getattr(cfg, name) for name in ("max_query_length", "max_passage_length")},
+        cut_by={"query": "--max_query_length", "passage": "--max_passage_length"},
         trust_remote_code=cfg.trust_remote_code,
         cache_dir=cfg.cache_dir,
     )

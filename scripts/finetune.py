@@ -442,6 +442,17 @@ def settings_of_sources(cfg: Config) -> dict[str, Any]:
     }
 
 
+def prefixes_of_sources(cfg: Config, feeds: Sequence[PlannedSource]) -> dict[str, list[str]]:
+    """What sources put before their queries and passages in place of the run's instructions."""
+    from bge_accel.model import instruction_prefix
+
+    found: dict[str, list[str]] = {}
+    for kind, format in (("query", cfg.query_instruction_format), ("passage", cfg.passage_instruction_format)):
+        own = [instruction_prefix(getattr(feed.source, f"{kind}_instruction_for_retrieval"), format) for feed in feeds]
+        found[kind] = [prefix for prefix in own if prefix is not None]
+    return found
+
+
 def check_feeds(cfg: Config, sources: Sequence[PlannedSource]) -> None:
     """Raises ValueError where settings of sources exclude each other, or those of the run."""
     check_sources(
@@ -690,6 +701,8 @@ def main(cfg: Config) -> int:
             longest=max(cfg.query_max_len, cfg.passage_max_len),
             gradient_checkpointing=cfg.gradient_checkpointing,
             lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
+            cut_by={"query": "--query_max_len", "passage": "--passage_max_len"},
+            other_prefixes=prefixes_of_sources(cfg, feeds),
             cache_dir=cfg.cache_dir,
             token=cfg.token,
         )

@@ -293,6 +293,10 @@ def main(cfg: Config) -> None:
                 query_instruction_format=cfg.query_instruction_format_for_retrieval,
                 passage_instruction=cfg.passage_instruction_for_retrieval,
                 lengths={f"--{name}": getattr(cfg, name) for name in LENGTHS},
+                cut_by={
+                    kind: "--max_length" if getattr(cfg, name) is None else f"--{name}"
+                    for kind, name in zip(("query", "passage"), LENGTHS[1:], strict=True)
+                },
                 **hub,
             )
             check_index_factory(cfg.index_factory, model.dim)

@@ -267,3 +267,36 @@ def test_a_length_that_leaves_special_tokens_alone_is_refused_before_weights_are
         in (done.stderr.splitlines()[-1])
     )
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+RUN = "--train_data rows.jsonl --output_dir out"
+MINE = "--input_file rows.jsonl --output_file out --range_for_sampling 0-1"
+EVALUATE = "--corpus_data corpus.jsonl --query_data queries.jsonl --k 1"
+
+
+@pytest.mark.parametrize(
+    ("script", "kind", "flag", "args"),
+    [
+        ("finetune.py", "query", "query_max_len", RUN),
+        ("finetune.py", "passage", "passage_max_len", RUN),
+        ("mine_hard_negatives.py", "query", "max_length", MINE),
+        ("mine_hard_negatives.py", "passage", "embedder_passage_max_length", MINE),
+        ("encode_corpus.py", "passage", "max_length", "--corpus_data corpus.jsonl --output_dir out"),
+        ("evaluate_retrieval.py", "query", "max_query_length", EVALUATE),
+        ("evaluate_retrieval.py", "passage", "max_passage_length", EVALUATE),
+    ],
+)
+def test_an_instruction_that_fills_the_length_is_refused_before_weights_are_loaded(
+    tmp_path: Path, tiny_model: str, run_script: Run, script: str, kind: str, flag: str, args: str
+) -> None:
+    """Every text would be the instruction alone."""
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"query": "who", "pos": ["king"], "neg": ["list"]}))
+    (tmp_path / "corpus.jsonl").write_text('{"text": "king"}')
+    (tmp_path / "queries.jsonl").write_text('{"query": "who", "positive": ["king"]}')
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "model.safetensors").write_bytes(b"no weights")
+    models = ("--encoder" if script == "evaluate_retrieval.py" else "--model_name_or_path", model)
+    instruction = (f"--{kind}_instruction_for_retrieval", "the king is in the story: ")
+    done = run_script(script, *models, *args.split(), *instruction, f"--{flag}", 8, status=2)
+    assert f'{flag} is 8: the {kind} instruction "the king is in the story: " fills it' in done.stderr.splitlines()[-1]
+    assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
