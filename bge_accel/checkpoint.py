@@ -23,7 +23,7 @@ import numpy as np
 
 from bge_accel.children import kill_children
 from bge_accel.lock import unlock_outputs
-from bge_accel.reading import is_inside, load_json, shorten, shown_size
+from bge_accel.reading import is_inside, load_json, printable, shorten, shown_size
 
 if TYPE_CHECKING:
     import torch
@@ -111,14 +111,15 @@ def saving_errors(step: int, output_dir: str) -> Iterator[None]:
             raise
         failed = f"{os.path.basename(sys.argv[0])}: error: saving after step {step} failed: {error}"
         if not os.path.isdir(output_dir):
-            raise SystemExit(f"{failed}; {output_dir} was removed or moved away while the run wrote into it") from None
+            gone = f"{failed}; {output_dir} was removed or moved away while the run wrote into it"
+            raise SystemExit(printable(gone)) from None
         is_full = getattr(error, "errno", None) in DISK_FULL or f"(os error {errno.ENOSPC})" in str(error)
         remedy = "Make room" if is_full else "Mend that"
         if find_checkpoints(output_dir):
             rest = f"earlier checkpoints are untouched. {remedy}, then go on with --resume_from_checkpoint latest"
         else:
             rest = f"no checkpoint had been saved before. {remedy}, then start again"
-        raise SystemExit(f"{failed}; {rest}") from None
+        raise SystemExit(printable(f"{failed}; {rest}")) from None
 
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -573,6 +574,6 @@ def interruptible(
 def _tell(text: str) -> None:
     """One line on stderr, of the first process of a machine; written at once, as a signal's handler has to."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        line = f"\n{os.path.basename(sys.argv[0])}: {text}\n"  # below what the terminal shows of the key, or a bar
+        line = f"\n{os.path.basename(sys.argv[0])}: {printable(text)}\n"  # below what the terminal shows of the key, or a bar
         with suppress(OSError):
             os.write(2, line.encode(errors="replace"))

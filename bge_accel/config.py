@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
-from bge_accel.reading import load_yaml, near_path
+from bge_accel.reading import load_yaml, near_path, printable
 
 T = TypeVar("T")
 SECRETS = ("--token",)
@@ -200,7 +200,7 @@ class _Parser(argparse.ArgumentParser):
         self._negative_number_matcher = re.compile("-(?!-)")
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n(run {self.prog} --help for every flag)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n(run {self.prog} --help for every flag)\n")
 
     def unknown(self, name: str, where: str) -> NoReturn:
         """Ends with the nearest known name, written as the unknown one was: with dashes or without."""
@@ -385,5 +385,5 @@ def user_errors() -> Iterator[None]:
         yield
     except ValueError as error:
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

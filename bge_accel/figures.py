@@ -2,14 +2,21 @@
 
 import math
 from collections.abc import Sequence
-from html import escape
+from html import escape as escape_html
 from typing import Any, NamedTuple
+
+from bge_accel.reading import printable
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 42
 MAX_POINTS = 600  # of a line; more would not be seen
 MARKED_POINTS = 60  # a line of no more points shows each
 COLORS = ("#2563c9", "#d2691e", "#23875c", "#a03fb3", "#c23b3b", "#6b7280")  # a page has its own for dark screens
+
+
+def escape(text: str) -> str:
+    """A text as HTML shows it, control characters written out."""
+    return escape_html(printable(text))
 
 
 class Line(NamedTuple):
@@ -135,11 +142,7 @@ class _Axes:
 
 
 def _drawing(title: str, parts: Sequence[str], height: int = HEIGHT) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title, quote=True)}">'
-        + "".join(parts)
-        + "</svg>"
-    )
+    return f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(title)}">' + "".join(parts) + "</svg>"
 
 
 def thinned(line: Line) -> Line:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import IO, Any, TypeVar
 
 from bge_accel.checkpoint import atomic_folder, differences, flush
-from bge_accel.reading import Faults, find_files, load_json, read_rows
+from bge_accel.reading import Faults, find_files, load_json, printable, read_rows
 
 T = TypeVar("T")
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal
@@ -33,7 +33,7 @@ class Processes:
     def say(self, text: str) -> None:
         """Prints on the first process alone."""
         if self.rank == 0:
-            print(text, flush=True)
+            say(text)
 
     def wait(self) -> None:
         """Returns when every process has come here."""
@@ -74,7 +74,7 @@ class _Lines:
 
     def write(self, text: str) -> None:
         if text := text.strip("\r\n "):
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def flush(self) -> None: ...
 
@@ -166,10 +166,17 @@ class SharedCounters:
             yield items[turn - 1]
 
 
+def is_text(name: str) -> bool:
+    """Whether a name of a file is UTF-8; others hold halves of characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def check_folder(flag: str, path: str) -> None:
     """Raises ValueError where a folder cannot be made, or nothing can be written into it."""
     if not path:
         raise ValueError(f"{flag} is empty; name a folder")
+    if not is_text(path):  # tokenizers and safetensors cannot write there, which would be seen at the end
+        raise ValueError(f"{flag} {path} is not UTF-8; name another folder")
     if os.path.lexists(path) and not os.path.isdir(path):
         raise ValueError(f"{flag} {path} is a file; name a folder")
     nearest = os.path.abspath(path)
@@ -222,7 +229,8 @@ def atomic_file(path: str) -> Iterator[IO[str]]:
     aside = f"{path}.incomplete"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        # A name of a file that is no UTF-8 is written as JSON writes it.
+        with open(aside, "w", encoding="utf-8", errors="backslashreplace") as file:
             yield file
         flush(aside)
         os.replace(aside, path)
@@ -325,7 +333,12 @@ def rounded(scores: Sequence[float]) -> list[float]:
     return [round(score, 6) for score in scores]
 
 
+def say(text: str) -> None:
+    """Prints what may hold names and texts of others: no control character reaches the terminal."""
+    print(printable(text), flush=True)
+
+
 def warn(text: str) -> None:
     """Prints a warning on the first process alone."""
     if os.environ.get("RANK", "0") == "0":
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(printable(f"warning: {text}"), file=sys.stderr, flush=True)

@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 
+from bge_accel.reading import printable
+
 LOCK = ".lock"
 """The lock of a folder; a folder that holds nothing else is empty."""
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # some network file systems, by how they are mounted
@@ -109,7 +111,8 @@ def _take(lock: str) -> tuple[int | None, str]:
         except OSError as error:
             if error.errno in _NO_LOCKS:
                 folder = os.path.dirname(lock)
-                print(f"note: the disk of {folder} knows no locks: nothing keeps another run out", file=sys.stderr)
+                note = f"note: the disk of {folder} knows no locks: nothing keeps another run out"
+                print(printable(note), file=sys.stderr)
                 break
             other = os.pread(handle, 500, 0).decode("utf-8", "replace")
             os.close(handle)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from bge_accel.encoding import EmbeddingModel, default_device, encode_texts
 from bge_accel.evaluation import EvaluationData, evaluate_retrieval
+from bge_accel.jobs import say
 from bge_accel.merge_plan import check_models, open_models
 from bge_accel.merging import check_output_folder, known_arguments, load_merged, merge_models, mix_models
 from bge_accel.model import load_tokenizer, max_positions, read_settings
@@ -85,7 +86,7 @@ def mix_models_with_data(
     )
     weights = weights_from_losses(losses, temperature)
     for name, weight, loss in zip(names, weights, losses, strict=True):
-        print(f"{weight:.4f}  {name}  (loss {loss:.4f})", flush=True)
+        say(f"{weight:.4f}  {name}  (loss {loss:.4f})")
     return mix_models(
         names,
         model_type,

@@ -4,10 +4,9 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-from bge_accel.figures import COLORS, Figure, legend, save_png, svg
+from bge_accel.figures import COLORS, Figure, escape, legend, save_png, svg
 
 TEXT_SHOWN = 320  # characters of a passage
 DARK_COLORS = ("#7aa7ff", "#f0a35e", "#63c794", "#d68be6", "#f08080", "#9aa3b0")

@@ -70,14 +70,27 @@ class Faults:
             raise ValueError(f"{self.count} {faults} in the input:\n" + "\n".join(self.shown) + more)
 
 
+# What a terminal or a page may take for a command: C0 but tab and line feed, DEL and C1, marks and overrides of direction;
+# and halves of characters, which a name of a file may hold and no stream takes.
+_CONTROLS = [*range(9), *range(11, 32), *range(127, 160), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F)]
+_CONTROLS += [*range(0x2066, 0x206A), *range(0xD800, 0xE000)]
+_ESCAPED = {code: f"\\u{code:04x}" for code in _CONTROLS}
+
+
+def printable(text: str) -> str:
+    """A text for people, in which control characters are written out, as in `\\u001b`; JSON stays the same JSON."""
+    return text.translate(_ESCAPED)
+
+
 def shorten(value: Any, limit: int = 80) -> str:
-    """A value as an error message shows it: JSON where possible, cut to `limit` characters."""
+    """A value as an error message shows it: JSON where possible, printable, cut to `limit` characters."""
     try:
         text = json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError):
         text = repr(value)
     except RecursionError:
         text = f"a {type(value).__name__}"
+    text = printable(text)
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 

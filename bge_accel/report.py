@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from bge_accel.reading import installed_version, read_front_matter, shorten, shown_name
+from bge_accel.reading import installed_version, printable, read_front_matter, shorten, shown_name
 
 if TYPE_CHECKING:
     from bge_accel.model import EmbeddingSettings
@@ -149,7 +149,7 @@ A text-embedding model: {link}, {training}. {settings.pooling} pooling,
 
 def inline(text: str) -> str:
     """A name in one line of Markdown, none of whose characters mean anything."""
-    return re.sub(r"([\\`*<>\[\]#|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*<>\[\]#|]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(printable(text).split()))
 
 
 def front_matter(fields: Mapping[str, Any]) -> str:
@@ -161,6 +161,7 @@ def front_matter(fields: Mapping[str, Any]) -> str:
 
 def fenced(text: str, language: str) -> str:
     """A code block, whatever backticks the text has."""
+    text = printable(text)
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.strip()}\n{fence}"
 
@@ -196,7 +197,7 @@ def license_of(model: str, **hub: Any) -> dict[str, str]:
 
 def _instructions(settings: "EmbeddingSettings") -> str:
     said = [
-        f"each {kind} gets {json.dumps(prefix, ensure_ascii=False)} put before it"
+        f"each {kind} gets {printable(json.dumps(prefix, ensure_ascii=False))} put before it"
         for kind, prefix in (("query", settings.query_prefix), ("passage", settings.passage_prefix))
         if prefix
     ]

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import user_errors
-from bge_accel.jobs import check_replaced_folder, write_folder
+from bge_accel.jobs import check_replaced_folder, say, write_folder
 
 NUM_TEST = 600  # (query, passage) pairs to hold out, about
 FILES = ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md")
@@ -244,11 +244,11 @@ def main(output_dir: str) -> None:
     files["README.md"] = data_card(files, train, test).encode()
     write_folder(output_dir, files)
     num_overlapping = len(pairs) - len(train) - len(test)
-    print(f"{output_dir}: {len(pairs)} distinct (query, passage) pairs of Python {platform.python_version()}")
-    print("left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())))
-    print(f"train: {len(by_query(train))} rows, {len(train)} pairs; {num_overlapping} dropped as the test has them")
-    print(f"test: {len(by_query(test))} queries, {len(test)} pairs of {len({pair.module for pair in test})} modules")
-    print(f"corpus: {len({pair.passage for pair in train + test})} passages")
+    say(f"{output_dir}: {len(pairs)} distinct (query, passage) pairs of Python {platform.python_version()}")
+    say("left out: " + ", ".join(f"{count} {reason}" for reason, count in sorted(left_out.items())))
+    say(f"train: {len(by_query(train))} rows, {len(train)} pairs; {num_overlapping} dropped as the test has them")
+    say(f"test: {len(by_query(test))} queries, {len(test)} pairs of {len({pair.module for pair in test})} modules")
+    say(f"corpus: {len({pair.passage for pair in train + test})} passages")
 
 
 if __name__ == "__main__":

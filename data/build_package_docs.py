@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import user_errors
-from bge_accel.jobs import check_replaced_folder, write_folder
+from bge_accel.jobs import check_replaced_folder, say, write_folder
 
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 MIN_WORDS, MAX_WORDS = 25, 200  # of a passage; longer ones are cut
@@ -101,7 +101,7 @@ def main(output_dir: str) -> None:
         for name, objects in files.items()
     }
     write_folder(output_dir, {**written, "qrels.tsv": ("query-id\tcorpus-id\tscore\n" + judgements).encode()})
-    print(f"{output_dir}: {len(rows)} sections of {len({name for name, _, _ in rows})} packages")
+    say(f"{output_dir}: {len(rows)} sections of {len({name for name, _, _ in rows})} packages")
 
 
 if __name__ == "__main__":

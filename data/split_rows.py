@@ -19,7 +19,7 @@ from typing import Any
 from bge_accel.candidates import normalise_text
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.jobs import atomic_file, check_folder, check_output
+from bge_accel.jobs import atomic_file, check_folder, check_output, say
 from bge_accel.reading import Faults, check_training_row, find_files, read_rows
 
 OUTPUTS = ("train.jsonl", "dev.jsonl", "corpus.jsonl", "queries.jsonl")
@@ -69,7 +69,7 @@ def main(cfg: Config) -> None:
     for name, lines in zip(OUTPUTS, contents, strict=True):
         with atomic_file(os.path.join(cfg.output_dir, name)) as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    print(f"{len(train):,} rows to train on, {len(dev):,} held out, {len(passages):,} passages; wrote {cfg.output_dir}")
+    say(f"{len(train):,} rows to train on, {len(dev):,} held out, {len(passages):,} passages; wrote {cfg.output_dir}")
 
 
 def read_all(paths: Sequence[str]) -> list[dict[str, Any]]:

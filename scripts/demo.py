@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from bge_accel.checkpoint import interruptible
 from bge_accel.children import run_child
 from bge_accel.config import check_model_path, option, parse_config, user_errors
-from bge_accel.jobs import check_folder
+from bge_accel.jobs import check_folder, say
 from bge_accel.lock import lock_output
 from bge_accel.report import moved_into_top, side_by_side_table
 
@@ -56,7 +56,7 @@ def run(script: str, *arguments: object) -> None:
     """Prints a command and runs it; ends the program where it fails."""
     parts = [script, *(str(argument) for argument in arguments)]
     shown = " ".join(shlex.quote(os.path.relpath(part) if os.path.isabs(part) else part) for part in parts)
-    print(f"\n$ python {shown}", flush=True)
+    say(f"\n$ python {shown}")
     status = run_child([sys.executable, *parts], ends_by=signal.SIGTERM).returncode
     if status:
         raise SystemExit(f"demo.py: the command above failed with status {status}")
@@ -156,14 +156,14 @@ def main(cfg: Config) -> None:
     # ---- report
     for task, found in metrics.items():
         held_out = ", modules held out from training" if task == "code search" else ", unrelated to the training"
-        print(f"\n== {task}{held_out}; {model if cfg.model_name_or_path else 'all-MiniLM-L6-v2'}")
-        print(side_by_side_table(found))
+        say(f"\n== {task}{held_out}; {model if cfg.model_name_or_path else 'all-MiniLM-L6-v2'}")
+        say(side_by_side_table(found))
     if len(cfg.seeds) == 1:
-        print("\n" + moved_into_top(rankings["base"], rankings["tuned"], limit=3))
+        say("\n" + moved_into_top(rankings["base"], rankings["tuned"], limit=3))
         results = (out(f"{name}-code-search.json") for name in ("base", "tuned", "merged"))
         report = os.path.join(SCRIPTS, "report.py")
         run(report, "--run", out("tuned"), "--metrics", *results, "--output_file", out("report.html"))
-    print(f"\n{time.perf_counter() - start:,.0f} s in all; everything is in {cfg.output_dir}")
+    say(f"\n{time.perf_counter() - start:,.0f} s in all; everything is in {cfg.output_dir}")
 
 
 if __name__ == "__main__":

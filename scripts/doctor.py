@@ -25,7 +25,7 @@ import finetune  # beside this file
 from bge_accel.checkpoint import interruptible
 from bge_accel.children import run_child
 from bge_accel.config import option, parse_config, to_yaml, user_errors
-from bge_accel.jobs import check_output
+from bge_accel.jobs import check_output, say
 from bge_accel.refused_flags import REFUSED
 from bge_accel.row_checks import (
     Finding,
@@ -187,7 +187,7 @@ def main(cfg: Config) -> int:
     findings = sort_findings(findings)
     report = as_json(findings, {**environment, "device": device.type, "processes": world}, forecast or None)
     if cfg.json == "-":
-        print(json.dumps(report, indent=2, ensure_ascii=False))
+        say(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         read = sum(feed.sample.num_read for feed in feeds)
         total = forecast.get("rows")
@@ -204,7 +204,7 @@ def main(cfg: Config) -> int:
                 + f"; NCCL {'yes' if environment['nccl'] else 'no'}, gloo {'yes' if environment['gloo'] else 'no'}",
             ),
         ]
-        print(as_text(findings, facts, forecast_lines(forecast)))
+        say(as_text(findings, facts, forecast_lines(forecast)))
     if cfg.json not in (None, "-"):
         with user_errors():
             try:

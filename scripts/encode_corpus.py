@@ -26,9 +26,9 @@ from typing import Literal
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, check_folder, from_first, leave_processes, progress, warn, what_is_kept
+from bge_accel.jobs import SharedCounters, check_folder, from_first, leave_processes, progress, say, warn, what_is_kept
 from bge_accel.lock import lock_output
-from bge_accel.reading import Faults
+from bge_accel.reading import Faults, printable
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
@@ -141,7 +141,7 @@ def main(cfg: Config) -> None:
     assert state.num_processes == wanted_processes, f"{state.num_processes} of {wanted_processes} processes connected"
     line = line_for_all_gpus()
     if line is not None:
-        print(line, flush=True)
+        say(line)
 
     # ---- read and check all texts once, on the first process
     def read_all() -> tuple[int, str]:
@@ -149,7 +149,7 @@ def main(cfg: Config) -> None:
         faults = Faults()
         found = digest_texts(read_texts(cfg, faults))
         faults.raise_if_any()
-        print(f"{found[0]:,} texts", flush=True)
+        say(f"{found[0]:,} texts")
         return found
 
     with user_errors():
@@ -198,7 +198,7 @@ def main(cfg: Config) -> None:
         warn(f"--max_length is {cfg.max_length}, but the model takes {length} tokens: texts are cut there")
     num_missing = sum(stop - start for start, stop in map(manifest.rows_of, missing))
     if state.is_main_process and num_missing < count:
-        print(f"{count - num_missing:,} texts are in {cfg.output_dir} already", flush=True)
+        say(f"{count - num_missing:,} texts are in {cfg.output_dir} already")
 
     # ---- encode
     counters, counts = SharedCounters("encode_corpus", state.num_processes > 1), EncodingCounts()
@@ -223,7 +223,7 @@ def main(cfg: Config) -> None:
                 on_texts=on_texts,
             )
         except ValueError as error:  # whichever process it is
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+            print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
             raise SystemExit(2) from None
     own_seconds = time.perf_counter() - started
     state.wait_for_everyone()
@@ -235,15 +235,15 @@ def main(cfg: Config) -> None:
         with user_errors():
             EmbeddingStore(cfg.output_dir)
         texts, tokens, truncated = (sum(numbers) for numbers in list(zip(*all_counts, strict=True))[:3])
-        print(
+        say(
             f"encoded {texts:,} texts, {tokens:,} tokens in {seconds:.1f} s: {tokens / seconds:,.0f} tokens/s "
             f"in {precision} on {state.device.type}; "
             f"{truncated:,} texts were longer than {manifest.settings['max_length']} tokens and were cut"
         )
         if state.num_processes > 1:
             shares = ", ".join(f"{numbers[0]:,} in {numbers[3]:.1f} s" for numbers in all_counts)
-            print(f"texts of each process: {shares}")
-        print(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
+            say(f"texts of each process: {shares}")
+        say(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
 
 
 if __name__ == "__main__":

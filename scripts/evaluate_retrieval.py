@@ -62,11 +62,12 @@ from bge_accel.jobs import (
     check_output,
     gather,
     leave_processes,
+    say,
     warn,
     what_is_kept,
 )
 from bge_accel.lock import lock_output
-from bge_accel.reading import Faults, installed_version, shorten, shown_name
+from bge_accel.reading import Faults, installed_version, printable, shorten, shown_name
 from bge_accel.report import metrics_table, side_by_side_table
 from bge_accel.store import read_manifest
 from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
@@ -346,7 +347,7 @@ def errors_of_any(processes: Processes) -> Iterator[None]:
     except ValueError as error:
         with suppress(RuntimeError):  # whoever holds the counter has spoken, and gone
             if SharedCounters("evaluate_retrieval", processes.world > 1).add("errors", 1) == 1:
-                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+                print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
@@ -488,15 +489,13 @@ def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
         show_system(cfg, data, system, heading=len(systems) > 1)
     base = systems[0].name
     for other in compared:
-        print(
-            f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n\n{other.verdict}\n"
-        )
-        print(moved_text(other.moved, base, other.name))
-        print(f"\n{differences_table(other.differences, base, other.name)}")
+        say(f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n\n{other.verdict}\n")
+        say(moved_text(other.moved, base, other.name))
+        say(f"\n{differences_table(other.differences, base, other.name)}")
     if len(systems) > 1:
-        print(f"\n== All of {len(data.queries.ids):,} queries\n")
-        print(side_by_side_table({system.name: system.evaluation.metrics for system in systems}) + "\n")
-    print(f"wrote {', '.join(written)}")
+        say(f"\n== All of {len(data.queries.ids):,} queries\n")
+        say(side_by_side_table({system.name: system.evaluation.metrics for system in systems}) + "\n")
+    say(f"wrote {', '.join(written)}")
 
 
 def system_result(data: EvaluationData, system: System) -> dict[str, Any]:
@@ -518,33 +517,33 @@ def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: b
     """Prints one system's table, and samples where asked for."""
     evaluation, about = system.evaluation, system.about
     if heading:
-        print(f"\n== {system.name}")
+        say(f"\n== {system.name}")
     if "model" in about:
         model = about["model"]
         for texts, kind in (("queries", "query"), ("passages", "passage")):
             instruction = model[f"{kind}_instruction"]
             shown = f"with {shorten(instruction, 80)} before each" if instruction else "without an instruction"
-            print(f"{texts} {shown}, cut to {model[f'max_{kind}_length']} tokens")
+            say(f"{texts} {shown}, cut to {model[f'max_{kind}_length']} tokens")
     if about.get("truncated_texts"):
         cut, encoded = about["truncated_texts"], about["encoded_texts"]
-        print(f"{cut:,} of {encoded:,} encoded texts were longer than allowed and were cut")
+        say(f"{cut:,} of {encoded:,} encoded texts were longer than allowed and were cut")
     if evaluation.index_recall is not None:
         found = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.index_recall.items() if "@" in name)
-        print(f"{cfg.index_factory} against exact search: {found}")
+        say(f"{cfg.index_factory} against exact search: {found}")
     for sample in sample_rankings(data, evaluation, cfg.show) if cfg.show else []:
-        print(f"query  {shorten(sample['query'], 110)}")
+        say(f"query  {shorten(sample['query'], 110)}")
         for rank, passage in enumerate(sample["passages"], start=1):
             mark = "+" if passage["is_relevant"] else " "
-            print(f"  {mark} {rank}  {passage['score']:.4f}  {shorten(passage['text'], 98)}")
-        print()
+            say(f"  {mark} {rank}  {passage['score']:.4f}  {shorten(passage['text'], 98)}")
+        say("")
     documented = [f"{name}@{cutoff}" for name in ("MRR", "Recall") for cutoff in (1, 10, 100)]
     if all(name in evaluation.metrics for name in documented):  # what eval_msmarco prints, in its form
-        print({name: round(evaluation.metrics[name], 6) for name in documented})
-    print(metrics_table(evaluation.metrics))
+        say(str({name: round(evaluation.metrics[name], 6) for name in documented}))
+    say(metrics_table(evaluation.metrics))
     if "model" in about:
-        print(f"computed in {about['model']['dtype']} on {about['model']['device']}")
+        say(f"computed in {about['model']['dtype']} on {about['model']['device']}")
     if evaluation.seconds:
-        print("seconds: " + ", ".join(f"{n.replace('_', ' ')} {value:.1f}" for n, value in evaluation.seconds.items()))
+        say("seconds: " + ", ".join(f"{n.replace('_', ' ')} {value:.1f}" for n, value in evaluation.seconds.items()))
 
 
 def write(path: str, text: str) -> None:

@@ -39,7 +39,7 @@ from bge_accel.config import check_model_path, option, parse_config, required, t
 from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
 from bge_accel.jobs import check_folder, from_first, leave_processes, progress
 from bge_accel.lock import LOCK, lock_output, locked
-from bge_accel.reading import decode_json, shorten
+from bge_accel.reading import decode_json, printable, shorten
 from bge_accel.refused_flags import REFUSED
 from bge_accel.report import inline, license_of, model_card
 from bge_accel.rows import TrainingRows, join_known_positives
@@ -591,7 +591,7 @@ def main(cfg: Config) -> int:
 
     def say(text: str) -> None:
         if is_main:
-            tqdm.write(text)
+            tqdm.write(printable(text))
 
     if warning:
         say(f"note: {warning}")

@@ -48,6 +48,7 @@ from bge_accel.jobs import (
     read_part,
     read_parts,
     rounded,
+    say,
     warn,
     what_is_kept,
     write_part,
@@ -417,7 +418,7 @@ def main(cfg: Config) -> None:
         except ValueError:  # of no use to another run
             shutil.rmtree(work)
             raise
-        print(summary, flush=True)
+        say(summary)
         if num_without >= MANY_WITHOUT * len(rows):
             warn(f"{num_without:,} of {len(rows):,} rows have no negatives; {WAY_OUT}")
         shutil.rmtree(work)

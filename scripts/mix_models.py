@@ -35,8 +35,9 @@ from typing import Any, Literal
 
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
-from bge_accel.jobs import check_output
+from bge_accel.jobs import check_output, say
 from bge_accel.lock import lock_output
+from bge_accel.reading import printable
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -212,10 +213,10 @@ def main(cfg: Config) -> None:
             )
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise SystemExit(f"mix_models.py: error: {where}{error.strerror or error}") from None
+        raise SystemExit(printable(f"mix_models.py: error: {where}{error.strerror or error}")) from None
     for model, weight in zip(models, weights, strict=True):
-        print(f"{weight:8.4f}  {model}")
-    print(f"wrote {cfg.output_path}")
+        say(f"{weight:8.4f}  {model}")
+    say(f"wrote {cfg.output_path}")
 
 
 def weigh_by_examples(cfg: Config, models: list[str]) -> tuple[list[float], dict[str, Any]]:
@@ -249,11 +250,11 @@ def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[st
 
     dev, guard = scorer(cfg, "dev"), scorer(cfg, "guard")
     assert dev is not None
-    print(f"{'tuned':>6}  {'dev':>8}  {'guard':>8}", flush=True)
+    say(f"{'tuned':>6}  {'dev':>8}  {'guard':>8}")
 
     def show(score: MixScore) -> None:
         guarded = "-" if score.guard is None else f"{score.guard:.4f}"
-        print(f"{score.tuned_weight:>6.3f}  {score.dev:>8.4f}  {guarded:>8}", flush=True)
+        say(f"{score.tuned_weight:>6.3f}  {score.dev:>8.4f}  {guarded:>8}")
 
     base, tuned = models
     scores = search_mixes(
@@ -268,7 +269,7 @@ def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[st
         cache_dir=cfg.cache_dir,
     )
     chosen = choose_mix(scores, cfg.max_drop)
-    print(f"chosen: {chosen.tuned_weight:g} of the tuned model", flush=True)
+    say(f"chosen: {chosen.tuned_weight:g} of the tuned model")
     if cfg.plot is not None:
         os.makedirs(os.path.dirname(os.path.abspath(cfg.plot)), exist_ok=True)
         plot_mixes(f"{cfg.plot}.incomplete", scores, chosen, cfg.max_drop)

@@ -77,7 +77,7 @@ def read_result(path: str) -> dict[str, Any]:
 
 def main(cfg: Config) -> None:
     with user_errors():
-        from bge_accel.jobs import atomic_file, check_folder, check_output
+        from bge_accel.jobs import atomic_file, check_folder, check_output, say
         from bge_accel.lock import lock_output
 
         if cfg.run is None and not cfg.metrics:
@@ -103,7 +103,7 @@ def main(cfg: Config) -> None:
     with atomic_file(cfg.output_file) as file:
         file.write(page.html())
     written = page.save_figures(cfg.figures_dir) if cfg.figures_dir is not None else []
-    print("wrote " + ", ".join([cfg.output_file, *written]))
+    say("wrote " + ", ".join([cfg.output_file, *written]))
 
 
 if __name__ == "__main__":

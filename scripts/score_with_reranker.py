@@ -33,6 +33,7 @@ from bge_accel.jobs import (
     read_part,
     read_parts,
     rounded,
+    say,
     warn,
     what_is_kept,
     write_part,
@@ -190,7 +191,7 @@ def main(cfg: Config) -> None:
     # ---- write the rows and say what was done
     if processes.rank == 0:
         with user_errors():
-            print(write_output(cfg, len(rows), parts), flush=True)
+            say(write_output(cfg, len(rows), parts))
         shutil.rmtree(work)
     processes.wait()
 

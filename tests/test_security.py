@@ -5,8 +5,10 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import sys
+import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from bge_accel.checkpoint import MANIFEST, STATE, what_is_damaged
 from bge_accel.config import option, parse_config
 from bge_accel.evaluation_data import read_qrels
 from bge_accel.merge_plan import module_folders
-from bge_accel.reading import Faults, find_files, load_yaml, read_rows
+from bge_accel.reading import Faults, find_files, load_yaml, printable, read_rows, shorten
 from bge_accel.sources import read_sources
 from bge_accel.store import Manifest, prepare_store, read_manifest
 from bge_accel.tensor_files import BIN, INDEX, SINGLE, TensorFiles
@@ -247,3 +249,85 @@ def test_no_token_is_written(tiny_model, tmp_path, run_script):
     written = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert any(path.name == "run_config.yaml" for path in written) and any(path.name == "README.md" for path in written)
     assert [path for path in written if b"hf_verysecret" in path.read_bytes()] == []
+
+
+# ---- control characters
+
+CONTROLS = "\x1b[2J\x07\x7f\x9b31m\u202e\u2066\u200f"
+
+
+def controls_in(text: str) -> list[str]:
+    return [
+        character
+        for character in text
+        if (unicodedata.category(character) == "Cc" and character not in "\n\t")
+        or unicodedata.bidirectional(character) in ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
+        or character in "\u061c\u200e\u200f"
+    ]
+
+
+def test_what_is_printed_holds_no_control_character():
+    every = "".join(chr(code) for code in range(0x3000))
+    assert controls_in(every) and not controls_in(printable(every) + shorten(every, 10**6))
+    assert (
+        printable("tab\tline\nকি است 是的 👩\u200d👩 می\u200cخواهم")
+        == "tab\tline\nকি است 是的 👩\u200d👩 می\u200cخواهم"
+    )
+    assert json.loads(printable(json.dumps({"a": CONTROLS}, ensure_ascii=False))) == {"a": CONTROLS}
+    printable("a\udc9b").encode()  # a name that is no UTF-8
+
+
+@pytest.mark.parametrize("path", [*SOURCES, *REPO.glob("data/*.py")], ids=lambda path: path.name)
+def test_nothing_is_printed_but_what_is_printable(path):
+    """Nor does a message with somebody's words end the program."""
+    for name, call in calls(ast.parse(path.read_text(encoding="utf-8"))):
+        if name in ("print", "tqdm.write", "SystemExit") and call.args:
+            said = call.args[0]
+            numbers = all(ast.unparse(node) in ("status", "len(rows)") for node in parts_of(said))
+            is_text = isinstance(said, ast.JoinedStr) or name != "SystemExit"
+            is_safe = ast.unparse(said).startswith("printable(") or (
+                numbers and isinstance(said, ast.JoinedStr | ast.Constant)
+            )
+            assert is_safe or not is_text, f"{path.name}:{call.lineno}: {ast.unparse(call)}"
+
+
+def parts_of(said: ast.AST) -> list[ast.AST]:
+    """What is put into a text."""
+    return [node.value for node in ast.walk(said) if isinstance(node, ast.FormattedValue)]
+
+
+@pytest.mark.parametrize("name", [f"a{CONTROLS}b", os.fsdecode(b"a\x9b31m\xffb")], ids=["controls", "no_utf8"])
+def test_names_and_texts_reach_no_terminal_with_their_control_characters(tmp_path, tiny_model, run_script, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copytree(tiny_model, folder / "model")
+    row = {"query": f"what is {CONTROLS}", "pos": [f"it is {CONTROLS}"], "neg": [f"it is not {CONTROLS}"]}
+    (folder / "rows.jsonl").write_text(
+        "".join(json.dumps(row | {"query": f"{row['query']} {i}"}) + "\n" for i in range(20))
+    )
+    (folder / "bad.jsonl").write_text(json.dumps({"query": [CONTROLS], "pos": "x"}) + "\n")
+    corpus = "".join(json.dumps({"id": f"{CONTROLS}{i}", "text": f"it is {i} {CONTROLS}"}) + "\n" for i in range(20))
+    (folder / "corpus.jsonl").write_text(corpus)
+    queries = [{"query": f"what is {i} {CONTROLS}", "positive": [f"it is {i} {CONTROLS}"]} for i in range(20)]
+    (folder / "queries.jsonl").write_text("".join(json.dumps(query) + "\n" for query in queries))
+    rows, is_utf8 = folder / "rows.jsonl", CONTROLS in name
+    model, out = (
+        (folder / "model", folder) if is_utf8 else (tiny_model, tmp_path)
+    )  # what is written in Rust opens no other
+    mine = ("mine_hard_negatives.py", "--model_name_or_path", model, "--show", 2, "--range_for_sampling", "0-20")
+    tune = ("finetune.py", "--model_name_or_path", model, "--max_steps", 1, "--use_cpu", "--train_data", rows)
+    evaluate = ("evaluate_retrieval.py", "--encoder", model, tiny_model, "--show", 2, "--report", "page.html")
+    done = [
+        run_script(*mine, "--input_file", folder / "bad.jsonl", "--output_file", "mined.jsonl", status=2),
+        run_script(*mine, "--input_file", rows, "--output_file", out / "mined.jsonl"),
+        run_script(*tune, "--output_dir", out / "tuned", "--query_instruction_for_retrieval", f"find {CONTROLS}"),
+        run_script(*tune, "--output_dir", out / "tuned", status=2),
+        run_script(*tune, "--output_dir", folder / "rows.jsonl", status=2),
+        run_script(*tune, f"--{CONTROLS}", status=2),
+        run_script(*evaluate, "--corpus_data", folder / "corpus.jsonl", "--query_data", folder / "queries.jsonl"),
+    ]
+    for one in done:
+        assert not controls_in(one.stdout) and not controls_in(one.stderr), one.stdout + one.stderr
+    for path in (out / "tuned" / "README.md", tmp_path / "page.html"):
+        text = path.read_text(encoding="utf-8")
+        assert not controls_in(text) and "\\u" in text
