@@ -546,6 +546,7 @@ KILLED = """
 import json, os, shutil, signal, sys
 import torch
 import bge_accel.merging, bge_accel.tensor_files as tensor_files
+from bge_accel.lock import is_empty
 from bge_accel.merging import merge_models
 from bge_accel.tensor_files import TensorFiles
 folder, models = sys.argv[1], sys.argv[2:]
@@ -580,6 +581,8 @@ while not found or found[-1]["status"]:
     status = os.waitpid(child, 0)[1]
     loads = {}
     for name in os.listdir(folder):
+        if os.path.isdir(f"{folder}/{name}") and is_empty(f"{folder}/{name}"):
+            continue  # made for the lock, which holds nobody up
         try:
             config = os.path.isfile(f"{folder}/{name}/config.json")
             files = TensorFiles(f"{folder}/{name}")
