@@ -4,13 +4,14 @@
 # make demo-compare    three seeds, beside in-batch negatives alone and on a second, general task (much longer)
 # make test-versions  the fast tests with the lowest and the highest versions that requirements.txt allows (long)
 # make lint            ruff and mypy
+# make peers           other tools in an environment of their own (.venv-peers)
 # make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour and a half in all)
 # make bench-check     which ratio of the last `make bench` is more than 15 % below docs/benchmarks.json
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench bench-check demo demo-compare test test-slow test-versions lint install
+.PHONY: bench bench-check demo demo-compare test test-slow test-versions lint install peers
 
 install: .venv/installed
 
@@ -57,6 +58,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+peers: .venv-peers/installed
 
 .venv-peers/installed: scripts/benchmarks/requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-peers

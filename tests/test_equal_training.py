@@ -64,7 +64,7 @@ def test_twenty_steps_end_with_the_weights_of_other_tools(peer: str, real_model:
     from safetensors.torch import load_file
 
     if not PEERS.exists():
-        pytest.skip("other tools are not installed: make .venv-peers/installed")
+        pytest.skip("other tools are not installed: make peers")
     sys.path.insert(0, str(TOOLS.parent))
     from bench import without_dropout  # whose masks each tool draws by itself
 

@@ -142,8 +142,9 @@ def summary(results: list[dict], metric: str = "ndcg_cut_10") -> str:
     values = {tool: [row[metric] for row in results if row["tool"] == tool] for tool in ("none", *TOOLS)}
     ours = values["bge_accel"]
     for tool, theirs in values.items():
+        name = "before training" if tool == "none" else tool
         if len(theirs) < 2:
-            lines += [f"| {tool} | {len(theirs)} | {theirs[0]:.4f} | | | |"] if theirs else []
+            lines += [f"| {name} | {len(theirs)} | {theirs[0]:.4f} | | | |"] if theirs else []
             continue
         difference = interval = ""
         if tool != "bge_accel" and len(ours) > 1:
@@ -155,7 +156,7 @@ def summary(results: list[dict], metric: str = "ndcg_cut_10") -> str:
             center, half = mean(theirs) - mean(ours), t.ppf(0.975, freedom) * error
             difference, interval = f"{center:+.4f}", f"{center - half:+.4f} .. {center + half:+.4f}"
         lines.append(
-            f"| {tool} | {len(theirs)} | {mean(theirs):.4f} | {stdev(theirs):.4f} | {difference} | {interval} |"
+            f"| {name} | {len(theirs)} | {mean(theirs):.4f} | {stdev(theirs):.4f} | {difference} | {interval} |"
         )
     return "\n".join(lines)
 
@@ -168,7 +169,7 @@ def main(cfg: Config) -> None:
         if unknown := set(cfg.tools) - set(TOOLS):
             raise ValueError(f"--tools {sorted(unknown)[0]} is not one of {', '.join(TOOLS)}")
         if set(cfg.tools) != {"bge_accel"} and shutil.which(cfg.peers_python) is None:
-            raise ValueError(f"--peers_python {cfg.peers_python} is no Python; `make .venv-peers/installed` makes one")
+            raise ValueError(f"--peers_python {cfg.peers_python} is no Python; `make peers` makes one")
     path = Path(cfg.output_dir) / "equal_training.json"
     settings = {name: value for name, value in asdict(cfg).items() if name not in ("seeds", "tools", "at_once")}
     content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "results": []}
