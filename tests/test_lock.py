@@ -58,7 +58,7 @@ def test_nothing_is_left_but_what_was_written(tmp_path: Path) -> None:
 
 
 def test_a_child_that_outlives_its_owner_does_not_hold_it(tmp_path: Path) -> None:
-    then = "import os, time; child = os.fork(); child or time.sleep(60); print(child, flush=True); input()"
+    then = "import os, time; os.fork() or (print(os.getpid(), flush=True), time.sleep(60)); input()"
     with hold(tmp_path / "a", True, then) as other:
         child = int(other.stdout.readline())
         other.kill()
