@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,8 @@ PYTHON = f"py{sys.version_info.major}{sys.version_info.minor}"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", os.path.expanduser(f"~/.cache/torch_extensions/{PYTHON}_cpu"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="bge_accel_tests_")  # the user's caches stay as they are
 atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+# A shell's background job ignores Ctrl-C, and so would all that is started here: what is tested is a terminal's.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is the same on every machine
 
 

@@ -7,6 +7,7 @@ on a CPU is no operation, is not seen. The number goes to $SPY_WAITS.
 import os
 import runpy
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,6 @@ class Count(TorchDispatchMode):
 
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
-with Count() as count:
+with Count() as count, suppress(SystemExit):  # with which a script ends
     runpy.run_path(sys.argv[0], run_name="__main__")
 Path(os.environ["SPY_WAITS"]).write_text(str(count.number))
