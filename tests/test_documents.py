@@ -465,6 +465,7 @@ SMALL = {
     "finetune.py": "--max_steps 2 --per_device_train_batch_size 4 --logging_steps 1 --passage_max_len 64 --eval_steps 2",
     "mine_hard_negatives.py": "--max_length 64",
     "encode_corpus.py": "--max_length 64",
+    "evaluate_retrieval.py": "--max_query_length 128",  # the tiny tokenizer cuts an instruction into letters
     "score_with_reranker.py": "--reranker_max_length 64",
 }  # fmt: skip
 PRELUDE = """
