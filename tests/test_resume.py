@@ -250,7 +250,7 @@ def test_killed_and_resumed_as_a_user_does_it(
     args = flags(tiny_model, data, "out", "--negatives_cross_device", *LATEST, processes=2)
     out = tmp_path / "out"
     with launched(*TORCHRUN, SCRIPT, *args, cwd=tmp_path) as run:
-        wait_until(lambda: len(find_checkpoints(str(out))) >= 5, run, tmp_path / "output")
+        wait_until(lambda: len(find_checkpoints(str(out))) >= 2, run, tmp_path / "output")
         os.killpg(run.pid, signal.SIGKILL)
     result = run_script("finetune.py", *args, processes=2, cold=True)
     assert "going on after step" in result.stdout
