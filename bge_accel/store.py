@@ -315,7 +315,8 @@ class EmbeddingStore:
     """A complete store, read like an array (n, dim): rows come from the mapped files, which are never held whole.
 
     Before a shard's first row is given out, the shard is read once and compared with its checksum. Where there is none, in
-    stores of older versions, all its numbers have to be finite, and a warning says that no more was looked at. A slice inside one shard is a view of the file; one that crosses shards, or a choice of rows, is a copy.
+    stores of older versions, all its numbers have to be finite, and a warning says that no more was looked at. A slice
+    inside one shard is a view of the file; one that crosses shards, or a choice of rows, is a copy.
 
     Args:
         wanted: what the store has to be made of; not compared where it is None.
