@@ -221,7 +221,7 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
 
 @contextmanager
 def launched(*command: object, cwd: Path) -> Iterator[subprocess.Popen]:
-    """A command and all it starts as one group, which is killed in the end; its output goes to `output`."""
+    """A command in a group of its own, which is killed with all it has started in the end; its output goes to `output`."""
     with (
         open(cwd / "output", "w") as output,
         subprocess.Popen(
@@ -231,8 +231,20 @@ def launched(*command: object, cwd: Path) -> Iterator[subprocess.Popen]:
         try:
             yield process
         finally:
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
+
+
+def children_of(pid: int) -> list[int]:
+    """What a process has started and not yet waited for; torchrun gives each a session of its own."""
+    file = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in file.read_text().split()] if file.exists() else []
+
+
+def kill(process: subprocess.Popen) -> None:
+    """Kills a command that was launched, and its children."""
+    for group in (process.pid, *children_of(process.pid)):
+        with suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
 
 
 def wait_until(condition: Callable[[], bool], process: subprocess.Popen, output: Path, timeout: float = 120) -> None:
@@ -243,18 +255,18 @@ def wait_until(condition: Callable[[], bool], process: subprocess.Popen, output:
 
 
 @pytest.mark.slow
-def test_killed_and_resumed_as_a_user_does_it(
-    tmp_path: Path, tiny_model: str, data: Path, run_script: Run, uninterrupted: Callable[[str], Path]
-) -> None:
-    """torchrun and all it started are killed, and the same command is given again."""
-    args = flags(tiny_model, data, "out", "--negatives_cross_device", *LATEST, processes=2)
-    out = tmp_path / "out"
+def test_killed_and_resumed_as_a_user_does_it(tmp_path: Path, tiny_model: str, data: Path, run_script: Run) -> None:
+    """torchrun and all it started are killed long before the end, and the same command is given again."""
+    more = ("--negatives_cross_device", "--num_train_epochs", 20, "--save_steps", 20)
+    expected = tmp_path / "expected"
+    Job(*flags(tiny_model, data, expected, *more, processes=2), cwd=tmp_path, processes=2).ends()
+    args, out = flags(tiny_model, data, "out", *more, *LATEST, processes=2), tmp_path / "out"
     with launched(*TORCHRUN, SCRIPT, *args, cwd=tmp_path) as run:
-        wait_until(lambda: len(find_checkpoints(str(out))) >= 2, run, tmp_path / "output")
-        os.killpg(run.pid, signal.SIGKILL)
+        wait_until(lambda: bool(find_checkpoints(str(out))), run, tmp_path / "output")
+        kill(run)
     result = run_script("finetune.py", *args, processes=2, cold=True)
     assert "going on after step" in result.stdout
-    assert_same_run(out, uninterrupted("two processes"))
+    assert_same_run(out, expected)
 
 
 # ---- the rows that are seen
@@ -362,7 +374,7 @@ def test_a_second_ctrl_c_ends_torchrun_and_its_processes(tmp_path: Path, tiny_mo
     env = ("env", "STOP_AFTER=5", "STOP_RANK=0", "STOP_SIGNAL=SIGCONT", "STOP_AGAIN=25")
     with launched(*env, *TORCHRUN, SPY_ROWS, SCRIPT, *args, cwd=tmp_path) as run:
         wait_until(lambda: len(find_checkpoints(str(out))) == 2, run, output)
-        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        workers = children_of(run.pid)
         time.sleep(1)
         for _ in range(2):
             os.kill(run.pid, signal.SIGINT)
@@ -426,7 +438,7 @@ def test_a_killed_process_takes_the_others_down_and_is_named(tmp_path: Path, tin
     args = flags(tiny_model, data, "out", "--max_steps", 100_000, "--save_steps", 100_000, processes=2)
     with launched(*TORCHRUN, SCRIPT, *args, cwd=tmp_path) as run:
         wait_until((tmp_path / "out" / "train_log.jsonl").exists, run, tmp_path / "output")
-        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        workers = children_of(run.pid)
         assert len(workers) == 2
         os.kill(workers[1], signal.SIGKILL)
         killed = time.monotonic()
