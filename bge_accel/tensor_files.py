@@ -166,6 +166,7 @@ class TensorFiles:
         if not isinstance(header, dict):
             raise ValueError(f"{path}: its header is damaged ({shorten(header)})")
         header.pop("__metadata__", None)
+        spans = []
         for name, entry in header.items():
             wrong = f"{path}: its header is damaged ({shorten(name)}: {shorten(entry)})"
             if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
@@ -179,6 +180,11 @@ class TensorFiles:
             if stop - start != layout.num_bytes or 8 + length + stop > size:
                 raise ValueError(f"{path} does not hold the whole tensor {name}: it is cut short or damaged")
             self._add(name, layout, _Place(path, 8 + length + start))
+            spans.append((start, stop))
+        spans.sort()
+        # By the format all bytes belong to a tensor, and each to one alone.
+        if [start for start, _ in spans] + [size - 8 - length] != [0] + [stop for _, stop in spans]:
+            raise ValueError(f"{path} is damaged: its header leaves bytes out, or gives some to two tensors")
 
     def _open_bin(self, path: str) -> None:
         try:

@@ -184,13 +184,24 @@ def test_names_of_ddp_and_torch_compile_are_taken_off(copy_of, tiny_model, tmp_p
 # ---- damaged files
 
 
-@pytest.mark.parametrize("damage", ["cut short", "pointer", "pickled", "pointer in .bin"])
+@pytest.mark.parametrize("damage", ["cut short", "longer", "overlap", "pointer", "pickled", "pointer in .bin"])
 def test_damaged_weights_are_named_with_their_file(copy_of, damage):
     folder = Path(copy_of())
     path = folder / "model.safetensors"
     expected = "does not hold the whole tensor pooler.dense.weight"
     if damage == "cut short":
         path.write_bytes(path.read_bytes()[:-100])
+    elif damage in ("longer", "overlap"):
+        content = path.read_bytes()
+        length = 8 + int.from_bytes(content[:8], "little")
+        header = json.loads(content[8:length])
+        names = [f"encoder.layer.{layer}.output.dense.weight" for layer in (0, 1)]
+        if damage == "overlap":
+            header[names[0]]["data_offsets"] = header[names[1]]["data_offsets"]
+        encoded = json.dumps(header).encode()
+        more = b"x" * (damage == "longer")
+        path.write_bytes(len(encoded).to_bytes(8, "little") + encoded + content[length:] + more)
+        expected = "is damaged: its header leaves bytes out, or gives some to two tensors"
     elif damage == "pickled":
         model = load_encoder(str(folder))[0].backbone
         path.unlink()
@@ -214,6 +225,40 @@ def test_every_script_names_damaged_weights_in_one_line(copy_of, tmp_path):
     (folder / "model.safetensors").write_text(POINTER)
     for name, line in run_all(tmp_path, str(folder)).items():
         assert line.startswith(f"{name}.py: error: {folder}/model.safetensors is a pointer of Git LFS"), line
+
+
+# ---- configurations
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (
+            {"hidden_size": "big"},
+            "StrictDataclassFieldValidationError: Validation error for field 'hidden_size': TypeE",
+        ),
+        ({"hidden_act": "zelu"}, "KeyError: 'zelu'"),
+    ],
+)
+def test_a_configuration_of_which_no_model_can_be_made_is_refused_before_the_weights_are_read(copy_of, config, why):
+    folder = copy_of(**config)
+    Path(folder, "model.safetensors").write_text(POINTER)
+    for load in (load_encoder, Reranker):
+        with pytest.raises(ValueError, match=f"^{re.escape(folder)}: no model can be made from its config.json .{why}"):
+            load(folder)
+
+
+def test_a_package_that_a_model_needs_is_named(copy_of):
+    folder = copy_of(quantization_config={"quant_method": "gptq", "bits": 4})
+    for load in (load_encoder, Reranker):
+        with pytest.raises(ValueError, match=f"^cannot load the (model|reranker) '{re.escape(folder)}': .*GPTQ"):
+            load(folder)
+
+
+def test_a_model_without_layers_embeds(copy_of):
+    """What its files hold more is said."""
+    model = EmbeddingModel(copy_of(num_hidden_layers=0))
+    assert np.isfinite(model.encode_queries(TEXTS)).all()
 
 
 # ---- tokenizers
