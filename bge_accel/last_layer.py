@@ -24,6 +24,8 @@ def prepare(backbone: Any) -> bool:
         "transformers.models."
     ):
         return False
+    if not backbone.encoder.layer:
+        return False
     layer = backbone.encoder.layer[-1]
     layer.forward = partial(_forward, layer)
     return True

@@ -344,7 +344,6 @@ def load_encoder(
     Raises:
         ValueError: the model cannot be found or is of a kind that is not supported; a length leaves nothing of a text.
     """
-    from transformers import AutoConfig
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
@@ -354,7 +353,7 @@ def load_encoder(
     with loading(f"the model {model_name_or_path!r}"):
         settings = settings or read_settings(model_name_or_path, **hub)
         common = {"trust_remote_code": trust_remote_code, **hub}
-        config = AutoConfig.from_pretrained(config_name or model_name_or_path, **common)
+        config = read_config(config_name or model_name_or_path, **common)
         tokenizer = load_tokenizer(tokenizer_name or model_name_or_path, **common)
         check_lengths(tokenizer, lengths or {})
         chosen = {
@@ -366,10 +365,9 @@ def load_encoder(
             for prefix in (chosen[kind], *(other_prefixes or {}).get(kind, ())):
                 check_prefix(tokenizer, prefix, length, name, kind)
         if gradient_checkpointing:
-            with torch.device("meta"):
-                check_gradient_checkpointing(
-                    encoder_class(config.model_type).from_config(config, trust_remote_code=trust_remote_code)
-                )
+            check_gradient_checkpointing(
+                model_without_weights(encoder_class(config.model_type), model_name_or_path, config, trust_remote_code)
+            )
         backbone = load_weights(
             encoder_class(config.model_type),
             model_name_or_path,
@@ -440,13 +438,40 @@ def encoder_class(model_type: str) -> Any:
 
 @contextmanager
 def loading(what: str) -> Iterator[None]:
-    """Has one line said where a model is neither in its folder nor on the hub (ValueError)."""
+    """Has one line said where a model is neither in its folder nor on the hub, or needs another package (ValueError)."""
     try:
         yield
+    except ImportError as error:
+        raise ValueError(f"cannot load {what}: {first_line(error)}") from None
     except OSError as error:
         raise ValueError(
             f"cannot load {what}: it is neither a complete model folder nor to be had from the hub ({first_line(error)})"
         ) from None
+
+
+def read_config(name: str, **options: Any) -> Any:
+    """A model's configuration, from a folder or the hub; ValueError where it is none."""
+    from transformers import AutoConfig
+
+    with _configuring(name):
+        return AutoConfig.from_pretrained(name, **options)
+
+
+def model_without_weights(auto_class: Any, name: str, config: Any, trust_remote_code: bool = False) -> Any:
+    """A model on the meta device, which takes no memory; ValueError where none can be made from its configuration."""
+    with _configuring(name), torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def _configuring(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError):  # which say what is wrong
+        raise
+    except Exception as error:  # whatever a model's code does with a value that it does not expect
+        what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise ValueError(f"{name}: no model can be made from its config.json ({what})") from None
 
 
 def load_tokenizer(name: str, **options: Any) -> Any:
@@ -492,6 +517,7 @@ def load_weights(
     auto_class: Any,
     model: str,
     *,
+    config: Any = None,
     needs_pooler: bool = True,
     otherwise: str = "the weights and config.json are of different models, or the weights are not complete",
     **options: Any,
@@ -500,6 +526,7 @@ def load_weights(
 
     Args:
         auto_class: of transformers, like AutoModel.
+        config: by default that of the model.
         needs_pooler: whether BERT's pooler is computed with; else one that no file holds is left out of the model.
         otherwise: what else to say where tensors are missing.
         options: of `from_pretrained`.
@@ -510,6 +537,10 @@ def load_weights(
     from transformers.utils import logging
 
     wrapper = ""
+    if config is None:
+        names = ("trust_remote_code", "cache_dir", "token", "revision")
+        config = read_config(model, **{name: options[name] for name in names if name in options})
+    model_without_weights(auto_class, model, config, options.get("trust_remote_code", False))
     if os.path.isdir(model):
         with closing(TensorFiles(model)) as files:  # of damaged ones transformers says less, and more at length
             wrapper = files.wrapper
@@ -520,7 +551,7 @@ def load_weights(
     logging.set_verbosity_error()  # what it would warn of is said below
     try:
         loaded, found = auto_class.from_pretrained(
-            model, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            model, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
         )
     finally:
         logging.set_verbosity(verbosity)

@@ -49,7 +49,7 @@ class Reranker:
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
-        from bge_accel.model import load_tokenizer, load_weights, loading, max_positions
+        from bge_accel.model import load_tokenizer, load_weights, loading, max_positions, read_config
         from bge_accel.precision import default_device
 
         check_model_path("the reranker", model_name_or_path)
@@ -58,10 +58,12 @@ class Reranker:
         common |= {"cache_dir": cache_dir} if cache_dir is not None else {}
         self.device = torch.device(device) if device is not None else default_device()
         with loading(f"the reranker {model_name_or_path!r}"):
+            config = read_config(model_name_or_path, **common)
             self.tokenizer = load_tokenizer(model_name_or_path, **common)
             model = load_weights(
                 AutoModelForSequenceClassification,
                 model_name_or_path,
+                config=config,
                 otherwise="it is no reranker; name a cross-encoder, like BAAI/bge-reranker-base",
                 dtype=dtype or torch.float32,
                 **common,
