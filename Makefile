@@ -5,13 +5,14 @@
 # make test-versions  the fast tests with the lowest and the highest versions that requirements.txt allows (long)
 # make lint            ruff and mypy
 # make peers           other tools in an environment of their own (.venv-peers)
+# make same-bits OLD=COMMIT  whether training, mining, merging and measuring give the same bits as at a commit
 # make bench           beside other tools, which get an environment of their own; BENCH="--only train" a part (an hour and a half in all)
 # make bench-check     which ratio of the last `make bench` is more than 15 % below docs/benchmarks.json
 
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: bench bench-check demo demo-compare test test-slow test-versions lint install peers
+.PHONY: bench bench-check demo demo-compare test test-slow test-versions same-bits lint install peers
 
 install: .venv/installed
 
@@ -53,6 +54,9 @@ test-versions: .venv-lowest/installed .venv-highest/installed
 	$(PYTHON) -m venv .venv-highest
 	.venv-highest/bin/python -m pip install --disable-pip-version-check --quiet $(TORCH) -r requirements-dev.txt -e .
 	touch $@
+
+same-bits: install
+	$(BIN)/python tests/same_bits.py $(or $(OLD),$(error name the commit to compare with: make same-bits OLD=COMMIT)) $(NEW)
 
 lint: install
 	$(BIN)/ruff check .
