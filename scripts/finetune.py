@@ -652,6 +652,11 @@ def main(cfg: Config) -> int:
                         f"{checkpoint} was saved by another run, so its position means nothing here: "
                         f"{'; '.join(changed)}. Put that back, or go on regardless with --allow_changed_data"
                     )
+                if resumed["step"] > num_steps:
+                    raise ValueError(
+                        f"{checkpoint} was saved after step {resumed['step']}, and this run ends after {num_steps}: name an "
+                        "earlier checkpoint, or have it train for longer"
+                    )
                 if is_deepspeed != os.path.isdir(os.path.join(checkpoint, STATE, "deepspeed")):
                     raise ValueError(
                         f"{checkpoint} was saved {'without' if is_deepspeed else 'by'} DeepSpeed, and only the same can go "

@@ -617,6 +617,17 @@ def test_a_complete_run_is_left_as_it_is(
     assert "already complete" not in text and "going on after step 30" in text
 
 
+@pytest.mark.parametrize("shorter", [("--max_steps", 5), ("--num_train_epochs", 0.1)])
+def test_a_checkpoint_behind_the_end_of_the_run_is_refused(tmp_path: Path, start: Start, shorter: tuple) -> None:
+    """It trained on without an end."""
+    start("out", "--max_steps", 8, "--save_steps", 3).ends()
+    before = everything(tmp_path / "out")
+    asked = ("--max_steps", -1, *shorter) if shorter[0] != "--max_steps" else shorter
+    text = start("out", *asked, "--resume_from_checkpoint", "latest").ends(2)
+    assert "out/checkpoint-6 was saved after step 6, and this run ends after " in text.splitlines()[-1], text
+    assert everything(tmp_path / "out") == before
+
+
 def test_latest_starts_afresh_where_there_is_no_checkpoint(
     tmp_path: Path, start: Start, uninterrupted: Callable[[str], Path]
 ) -> None:
