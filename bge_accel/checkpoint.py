@@ -535,6 +535,8 @@ def interruptible(
 ) -> Iterator[None]:
     """Ends the program with one line and status 130 where Ctrl-C was pressed, cleaning up; a second one ends it at once.
 
+    So it ends, with status 1, where a file cannot be read or written: a full disk, a folder that was removed.
+
     Args:
         kept: what the line says besides, such as how to go on.
         signals: those that are taken so; the status of another one is 128 and its number.
@@ -557,23 +559,27 @@ def interruptible(
             signal.signal(number, interrupt)
     try:
         yield
-    except BaseException:
+    except BaseException as error:
         # Whatever comes of it: FAISS and gloo, interrupted or left by another process, raise errors of their own.
-        if not pressed:
+        if not pressed and not isinstance(error, OSError):
             raise
-        what = kept if isinstance(kept, str) else kept()
-        by = "Ctrl-C" if first == signal.SIGINT else first.name
-        _tell(f"stopped by {by}{f'; {what}' if what else ''}")
+        if pressed:
+            status, said = 128 + first, f"stopped by {'Ctrl-C' if first == signal.SIGINT else first.name}"
+            what = kept if isinstance(kept, str) else kept()
+        else:
+            status, said = 1, f"error: {error}"
+            what = "" if isinstance(kept, str) else kept()  # nobody has looked how far it had come
+        _tell(f"{said}{f'; {what}' if what else ''}", by_all=not pressed)
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads would abort an interpreter that ends
             sys.stdout.flush()
             unlock_outputs()
-            os._exit(128 + first)
-        raise SystemExit(128 + first) from None
+            os._exit(status)
+        raise SystemExit(status) from None
 
 
-def _tell(text: str) -> None:
-    """One line on stderr, of the first process of a machine; written at once, as a signal's handler has to."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
+def _tell(text: str, *, by_all: bool = False) -> None:
+    """One line on stderr, of the first process of a machine or of all; written at once, as a signal's handler has to."""
+    if by_all or os.environ.get("LOCAL_RANK", "0") == "0":
         line = f"\n{os.path.basename(sys.argv[0])}: {printable(text)}\n"  # below what the terminal shows of the key, or a bar
         with suppress(OSError):
             os.write(2, line.encode(errors="replace"))

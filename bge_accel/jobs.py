@@ -120,20 +120,24 @@ def gather(value: T) -> list[T]:
 
 
 def from_first(work: Callable[[], T]) -> T:
-    """What the first process finds; a ValueError there is raised by all."""
+    """What the first process finds; a ValueError or an OSError there is raised by all."""
     rank, world = rank_and_world()
     said: list[Any] = [None, None]
     if rank == 0:
         try:
             said[0] = work()
         except ValueError as error:
-            said[1] = str(error)
+            said[1] = ValueError(str(error))
+        except OSError as error:
+            if world == 1:
+                raise
+            said[1] = OSError(str(error))
     if world > 1:
         import torch.distributed as dist
 
         dist.broadcast_object_list(said, src=0)
     if said[1] is not None:
-        raise ValueError(said[1])
+        raise said[1]
     return said[0]
 
 

@@ -49,6 +49,15 @@ def interrupted(job: Job, expected: str) -> None:
     assert "Traceback" not in said and "Error" not in said and "Exception" not in said, said
 
 
+def removed(job: Job, work: Path) -> None:
+    """Where its work folder is no folder any more a script ends with one line."""
+    work.rename(work.with_suffix(".elsewhere"))
+    work.touch()
+    said = job.ends(1)
+    assert said.count("error: [Errno ") == 1 and "Traceback" not in said, said
+    assert said.endswith("; nothing is kept, the same command starts again\n"), said
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_mining(folder: Path, tiny_model: str, processes: int) -> None:
     args = ("--model_name_or_path", tiny_model, "--input_file", "rows.jsonl", "--output_file", "mined.jsonl")
@@ -59,6 +68,10 @@ def test_mining(folder: Path, tiny_model: str, processes: int) -> None:
     said = start(folder, "mine_hard_negatives.py", *args, processes=processes).ends()
     assert "going on from an interrupted run" in said and (folder / "mined.jsonl").exists()
     assert not list(folder.glob("*.mining")) and not list(folder.glob(".*lock"))
+    if processes == 1:  # of several, the first that fails would end the others by torchrun alone
+        job = start(folder, "mine_hard_negatives.py", *args)
+        job.wait_until(lambda: (folder / "mined.jsonl.mining" / "part-0000001").exists())
+        removed(job, folder / "mined.jsonl.mining")
 
 
 def test_scoring(folder: Path, tiny_model: str) -> None:
@@ -75,6 +88,9 @@ def test_scoring(folder: Path, tiny_model: str) -> None:
     job.wait_until(lambda: (folder / "scored.jsonl.scoring" / "part-0000001").exists())
     interrupted(job, GOES_ON.format("scored.jsonl.scoring"))
     assert "going on from an interrupted run" in start(folder, "score_with_reranker.py", *args).ends()
+    job = start(folder, "score_with_reranker.py", *args)
+    job.wait_until(lambda: (folder / "scored.jsonl.scoring" / "part-0000001").exists())
+    removed(job, folder / "scored.jsonl.scoring")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
