@@ -554,11 +554,13 @@ def interruptible(
             kill_children()
             os._exit(128 + number)
 
-    for number in signals:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
+    taken = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
+    for number in taken:
+        signal.signal(number, interrupt)
     try:
         yield
+        for number in taken:  # all is done: an interpreter that ends could only answer with a traceback
+            signal.signal(number, signal.SIG_DFL)
     except BaseException as error:
         # Whatever comes of it: FAISS and gloo, interrupted or left by another process, raise errors of their own.
         if not pressed and not isinstance(error, OSError):

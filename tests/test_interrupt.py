@@ -202,3 +202,11 @@ def test_a_second_one_ends_it_at_once_with_its_child(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(10) == 130
     assert not processes_that_name(name)
+
+
+def test_one_after_the_end_brings_no_traceback() -> None:
+    """All is done, and the interpreter is about to end."""
+    code = "import os, signal\nfrom bge_accel.checkpoint import interruptible\nwith interruptible():\n    print('done', flush=True)"
+    code += "\nos.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "done\n", "")
