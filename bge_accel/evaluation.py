@@ -328,6 +328,7 @@ def sample_rankings(
     Each is {"id", "query", "passages": [{"text", "score", "is_relevant"}, ...]}, of a text `TEXT_KEPT` characters.
     """
     total = len(data.queries.texts)
+    num_queries = min(num_queries, total)
     return [
         {
             "id": data.queries.ids[query],
@@ -342,7 +343,7 @@ def sample_rankings(
                 if row >= 0
             ],
         }
-        for query in sorted({i * total // num_queries for i in range(num_queries)})
+        for query in (i * total // num_queries for i in range(num_queries))
     ]
 
 

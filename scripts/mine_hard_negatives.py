@@ -549,7 +549,8 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
         ValueError: no row got a negative, or the input has changed; then nothing is written.
     """
     num_rows = len(np.load(os.path.join(work, "query_keys.npy"), mmap_mode="r"))
-    shown = {i * num_rows // cfg.show for i in range(cfg.show)}
+    num_shown = min(cfg.show, num_rows)
+    shown = {i * num_rows // num_shown for i in range(num_shown)}
     stride = -(-num_rows // ROWS_IN_HISTOGRAM)
     counts, dropped = Counter[str](), Counter[str]()
     pos_scores, neg_scores = array("f"), array("f")

@@ -65,7 +65,7 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
     args = [
         "--encoder", tiny_model, "--corpus_data", "corpus.jsonl", "--query_data", "queries.jsonl", "--qrels", "test.tsv",
         "--k", 2, "--cutoffs", 1, 2, "--output_file", "deep/er/scores.json", "--save_ranking", "deep/ranking.jsonl",
-        "--show", 5, "--max_passage_length", 4000, "--pooling_method", "mean", "--query_instruction_for_retrieval", "",
+        "--show", 10**12, "--max_passage_length", 4000, "--pooling_method", "mean", "--query_instruction_for_retrieval", "",
     ]  # fmt: skip
     done = run_script(SCRIPT, *args)
     result = json.loads((tmp_path / "deep/er/scores.json").read_text())
