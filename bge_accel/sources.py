@@ -170,7 +170,11 @@ def source_shares(sources: Sequence[Source], amounts: Sequence[float], temperatu
             https://arxiv.org/abs/1907.05019, section 3).
     """
     weighted = [source.weight for source in sources if source.weight is not None]
-    shares = np.asarray(weighted or np.asarray(amounts, dtype=np.float64) ** (1 / temperature), dtype=np.float64)
+    sizes = np.asarray(amounts, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        shares = np.asarray(weighted or sizes ** (1 / temperature), dtype=np.float64)
+    if not 0 < shares.sum() < np.inf:  # a temperature near 0 leaves what float64 can hold
+        shares = (sizes / sizes.max()) ** (1 / temperature)
     assert len(shares) == len(sources)
     return shares / shares.sum()
 

@@ -296,6 +296,11 @@ def test_a_high_temperature_makes_all_alike():
     np.testing.assert_allclose(source_shares(of_files("a", "b"), [1e9, 1], 1e9), [0.5, 0.5], rtol=1e-6)
 
 
+@pytest.mark.parametrize("amounts", [[60, 40], [0.6, 0.4]])
+def test_a_temperature_near_zero_takes_the_largest_alone(amounts):
+    assert source_shares(of_files("a", "b"), amounts, 1e-30).tolist() == [1, 0]
+
+
 def test_weights_win_over_amounts():
     sources = [Source(name="a", path=["a"], weight=3), Source(name="b", path=["b"], weight=0.5)]
     np.testing.assert_allclose(source_shares(sources, [1, 1e9]), [6 / 7, 1 / 7], rtol=1e-15)
