@@ -107,8 +107,7 @@ class Page:
     def settings(self, title: str, values: Mapping[str, Any]) -> None:
         """Names and values, folded away."""
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{escape(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))}</td></tr>"
-            for name, value in values.items()
+            f"<tr><td>{escape(str(name))}</td><td>{escape(_shown(value))}</td></tr>" for name, value in values.items()
         )
         self.parts.append(
             f"<details><summary>{escape(title)}</summary>"
@@ -160,3 +159,8 @@ class Page:
 
 def _cut(text: str) -> str:
     return text if len(text) <= TEXT_SHOWN else text[: TEXT_SHOWN - 1].rstrip() + "…"
+
+
+def _shown(value: Any) -> str:
+    """A setting as it is written in JSON; YAML has dates and sets, too."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+from bge_accel.checkpoint import interruptible
 from bge_accel.config import option, parse_config, user_errors
 from bge_accel.reading import Faults, check_training_row, find_files, load_json, load_yaml, read_rows, shorten
 from bge_accel.sources import YAML
@@ -107,4 +108,5 @@ def main(cfg: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(parse_config(Config, description=__doc__.split("\n")[0]))
+    with interruptible("nothing was written"):
+        main(parse_config(Config, description=__doc__.split("\n")[0]))

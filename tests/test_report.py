@@ -137,6 +137,13 @@ def files(tmp_path):
     return tmp_path
 
 
+def test_settings_that_json_has_not_are_shown(run_script, files):
+    (files / "tuned" / "run_config.yaml").write_text("began: 2026-01-02\n1: 2\n")
+    run_script(SCRIPT, "--run", "tuned")
+    html = (files / "report.html").read_text()
+    assert "<td>began</td><td>&quot;2026-01-02&quot;</td>" in html and "<td>1</td><td>2</td>" in html
+
+
 def test_the_page_of_a_training_run(run_script, files):
     run_script(SCRIPT, "--run", "tuned", "--metrics", "one.json", "two.json")
     html = (files / "report.html").read_text()
