@@ -535,7 +535,8 @@ def interruptible(
 ) -> Iterator[None]:
     """Ends the program with one line and status 130 where Ctrl-C was pressed, cleaning up; a second one ends it at once.
 
-    So it ends, with status 1, where a file cannot be read or written: a full disk, a folder that was removed.
+    So it ends, with status 1, where a file cannot be read or written (a full disk, a folder that was removed), and where
+    another process of the run has so ended.
 
     Args:
         kept: what the line says besides, such as how to go on.
@@ -563,11 +564,15 @@ def interruptible(
             signal.signal(number, signal.SIG_DFL)
     except BaseException as error:
         # Whatever comes of it: FAISS and gloo, interrupted or left by another process, raise errors of their own.
-        if not pressed and not isinstance(error, OSError):
+        # As gloo says it, where the other process has said why.
+        is_left = isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error))
+        if not pressed and not is_left and not isinstance(error, OSError):
             raise
         if pressed:
             status, said = 128 + first, f"stopped by {'Ctrl-C' if first == signal.SIGINT else first.name}"
             what = kept if isinstance(kept, str) else kept()
+        elif is_left:
+            status, said, what = 1, "error: another process of this run has ended", ""
         else:
             status, said = 1, f"error: {error}"
             what = "" if isinstance(kept, str) else kept()  # nobody has looked how far it had come

@@ -797,21 +797,23 @@ def test_a_log_that_does_not_fit_is_said_so(tmp_path: Path, start: Start, uninte
 
 
 @pytest.mark.parametrize(
-    ("written", "step", "more"),
+    ("written", "step", "more", "processes"),
     [
-        ("a line of the log", 3, ()),
-        ("a checkpoint", 4, ("--logging_steps", 100, "--save_steps", 4)),
-        ("a measurement", 4, ("--logging_steps", 100, "--eval_data", "dev.jsonl", "--eval_steps", 4)),
-        ("the model", 6, ("--logging_steps", 100)),
+        ("a line of the log", 3, (), 1),
+        ("a checkpoint", 4, ("--logging_steps", 100, "--save_steps", 4), 1),
+        ("a checkpoint", 4, ("--logging_steps", 100, "--save_steps", 4), 2),
+        ("a measurement", 4, ("--logging_steps", 100, "--eval_data", "dev.jsonl", "--eval_steps", 4), 1),
+        ("the model", 6, ("--logging_steps", 100), 1),
     ],
 )
 def test_an_output_folder_that_is_removed_is_an_error_at_the_next_thing_written(
-    tmp_path: Path, start: Start, written: str, step: int, more: tuple[object, ...]
+    tmp_path: Path, start: Start, written: str, step: int, more: tuple[object, ...], processes: int
 ) -> None:
     write_rows(tmp_path / "dev.jsonl", 10, seed=7)
     env = {"STOP_AFTER": "3", "STOP_SIGNAL": "SIGSTOP"}
-    job = start("out", "--max_steps", 6, "--save_steps", 100, *more, through=(SPY_ROWS,), env=env)
-    job.wait_until(lambda: is_stopped(job.processes[0].pid))
+    asked = ("--max_steps", 6, "--save_steps", 100, *more)
+    job = start("out", *asked, processes=processes, through=(SPY_ROWS,), env=env)
+    job.wait_until(lambda: all(is_stopped(process.pid) for process in job.processes))
     (tmp_path / "out").rename(tmp_path / "elsewhere")
     job.send(signal.SIGCONT)
     text = job.ends(1)
