@@ -134,7 +134,7 @@ def parse_config(
     values.pop("_refused", None)
     path = values.pop("config", None)
     for name, value in values.items():
-        _check_bounds(parser, f"--{name}", value, fields[name])
+        _check_value(parser, f"--{name}", value, fields[name])
     if path is not None:
         values = {**_read_yaml(path, parser, names, fields, hints, refused), **values}
     missing = [
@@ -316,7 +316,9 @@ class _StoreList(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
-def _check_bounds(parser: _Parser, shown: str, value: Any, field: dataclasses.Field) -> None:
+def _check_value(parser: _Parser, shown: str, value: Any, field: dataclasses.Field) -> None:
+    if value == "" and field.default is None and "instruction" not in field.name:  # a variable that is not set
+        parser.error(f"{shown} is empty: give it a value, or leave it out")
     bounds: Bounds = field.metadata["bounds"]
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and not bounds.allow(number):
@@ -371,7 +373,7 @@ def _read_yaml(
             values[names[name]] = _convert(value, hints[names[name]])
         except ValueError as error:
             parser.error(f"{path}: {key}: {error}")
-        _check_bounds(parser, f"{path}: {key}", values[names[name]], fields[names[name]])
+        _check_value(parser, f"{path}: {key}", values[names[name]], fields[names[name]])
     return values
 
 

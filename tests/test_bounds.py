@@ -300,3 +300,14 @@ def test_an_instruction_that_fills_the_length_is_refused_before_weights_are_load
     done = run_script(script, *models, *args.split(), *instruction, f"--{flag}", 8, status=2)
     assert f'{flag} is 8: the {kind} instruction "the king is in the story: " fills it' in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_what_may_be_left_out_is_not_empty(says: typing.Callable[..., str]) -> None:
+    """As a variable of the shell that is not set is: the default would be taken without a word."""
+    for script in WITH_SETTINGS:
+        config = load_script(REPO / script).Config
+        for field in dataclasses.fields(config):
+            if typing.get_type_hints(config)[field.name] == str | None and "instruction" not in field.name:
+                expected = f"{field.name} is empty: give it a value, or leave it out"
+                assert expected in says(script, f"--{field.name}", "")
+                assert expected in says(script, yaml=f'{field.name}: ""')
