@@ -149,10 +149,10 @@ def _read_source(path: str, number: int, entry: Any) -> Source:
             value = values[key]
             if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
                 raise ValueError(f"{where}: `{key}` is {shorten(value)}: it has to be a number above 0")
-    for key in ("train_group_size", "per_device_train_batch_size"):
+    for key, most in (("train_group_size", 10_000), ("per_device_train_batch_size", 1_000_000)):  # the flags' bounds
         value = values.get(key, 1)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: `{key}` is {shorten(value)}: it has to be a whole number of at least 1")
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ValueError(f"{where}: `{key}` is {shorten(value)}: it has to be a whole number between 1 and {most}")
     for key in ("name", "query_instruction_for_retrieval", "passage_instruction_for_retrieval"):
         if not isinstance(values.get(key, ""), str):
             raise ValueError(f"{where}: `{key}` is {shorten(values[key])}: it has to be a string")

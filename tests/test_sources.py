@@ -178,9 +178,10 @@ def test_a_file_that_is_no_list_of_sources_is_named(write, content, what):
                                  "[1]": "[1]"}.items()
         ),
         *(
-            (f"{{path: a, {key}: {value}}}", f": `{key}` is {shown}: it has to be a whole number of at least 1")
-            for key in ("train_group_size", "per_device_train_batch_size")
-            for value, shown in {"0": "0", "-2": "-2", "2.0": "2.0", "'2'": '"2"', "true": "true"}.items()
+            (f"{{path: a, {key}: {value}}}", f": `{key}` is {shown}: it has to be a whole number between 1 and {most}")
+            for key, most in (("train_group_size", 10_000), ("per_device_train_batch_size", 1_000_000))
+            for value, shown in {"0": "0", "-2": "-2", "2.0": "2.0", "'2'": '"2"', "true": "true",
+                                 "1000001": "1000001"}.items()
         ),
         *(
             (f"{{path: a, {key}: {value}}}", f": `{key}` is {value}: it has to be a string")
