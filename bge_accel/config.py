@@ -378,14 +378,14 @@ def _read_yaml(
 
 
 @contextmanager
-def user_errors() -> Iterator[None]:
+def user_errors(*, by_all: bool = False) -> Iterator[None]:
     """Ends the program with status 2 and the message alone where the user's input is at fault (ValueError).
 
-    Under several processes the first of each machine speaks.
+    Under several processes the first of each machine speaks, or `by_all`, where each finds its own faults.
     """
     try:
         yield
     except ValueError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if by_all or os.environ.get("LOCAL_RANK", "0") == "0":
             print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
         raise SystemExit(2) from None

@@ -16,7 +16,6 @@ Every flag may also stand in a YAML file: --config run.yaml (the command line wi
 """
 
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from bge_accel.config import check_model_path, option, parse_config, required, u
 from bge_accel.evaluation_data import corpus_rows, query_rows
 from bge_accel.jobs import SharedCounters, check_folder, from_first, leave_processes, progress, say, warn, what_is_kept
 from bge_accel.lock import lock_output
-from bge_accel.reading import Faults, printable
+from bge_accel.reading import Faults
 from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
@@ -210,7 +209,7 @@ def main(cfg: Config) -> None:
             done = counters.add("encoded", num_texts)  # by all processes together
             bar.update(done - bar.n)
 
-        try:
+        with user_errors(by_all=True):
             encode_to_store(
                 model,
                 cfg.output_dir,
@@ -222,9 +221,6 @@ def main(cfg: Config) -> None:
                 counts=counts,
                 on_texts=on_texts,
             )
-        except ValueError as error:  # whichever process it is
-            print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
-            raise SystemExit(2) from None
     own_seconds = time.perf_counter() - started
     state.wait_for_everyone()
     seconds = time.perf_counter() - started

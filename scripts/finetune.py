@@ -1120,6 +1120,10 @@ def main(cfg: Config) -> int:
         say(f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}")
         return True
 
+    def batches_read() -> Iterator[Batch]:
+        with user_errors(by_all=True):  # a stream is checked as it is read
+            yield from prefetch(batches(first_batch))
+
     # ---- the loop
     bar = progress(num_steps, "training", "step", shown=is_main and not cfg.disable_tqdm, initial=step)
     window, stopped, unchecked = Window(len(feeds), device), 0, None
@@ -1127,7 +1131,7 @@ def main(cfg: Config) -> int:
     # A run that was stopped at a step with a measurement has saved at once.
     if best is not None and best.last_step != step and (step % cfg.eval_steps == 0 if step else cfg.eval_on_start):
         is_end |= measure(step)
-    for index, batch in enumerate(() if is_end else prefetch(batches(first_batch)), start=first_batch):
+    for index, batch in enumerate(() if is_end else batches_read(), start=first_batch):
         if cfg.stopping_strategy != "repeat":
             first = cfg.stopping_strategy == "first_exhausted"
             ended = int((max if first else min)(batch.passes) > 0)

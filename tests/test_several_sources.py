@@ -28,8 +28,8 @@ def rows(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(folder: Path, model: str, *flags: object, status: int = 0, processes: int = 1) -> str:
-    job = Job(
+def start(folder: Path, model: str, *flags: object, processes: int = 1) -> Job:
+    return Job(
         *("--model_name_or_path", model, "--output_dir", "out", "--train_group_size", 2, "--save_strategy", "no"),
         *("--per_device_train_batch_size", 4, "--logging_steps", 10, "--disable_tqdm", *flags),
         cwd=folder,
@@ -37,7 +37,10 @@ def run(folder: Path, model: str, *flags: object, status: int = 0, processes: in
         processes=processes,
         env={"SPY_TEXTS": str(folder / "texts")},
     )
-    return job.ends(status)
+
+
+def run(folder: Path, model: str, *flags: object, status: int = 0, processes: int = 1) -> str:
+    return start(folder, model, *flags, processes=processes).ends(status)
 
 
 def batches(folder: Path, rank: int = 0) -> list[tuple[list[str], list[str]]]:
@@ -156,6 +159,19 @@ def test_sources_that_cannot_be(rows: Path, tiny_model: str, sources: list, flag
     data = write_sources(rows, sources)
     assert message in run(rows, tiny_model, "--train_data", data, "--max_steps", 3, *flags, status=2)
     assert not (rows / "out").exists()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_fault_that_a_stream_meets_while_it_trains_is_one_line(rows: Path, tiny_model: str, processes: int) -> None:
+    path = rows / "apple.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines * 3, "not JSON", *lines]) + "\n")
+    flags = ("--streaming", "--max_steps", 200, "--shuffle_buffer_size", 4, "--logging_steps", 1, "--save_steps", 1)
+    job = start(rows, tiny_model, "--train_data", path, *flags, "--save_strategy", "steps", processes=processes)
+    found, output = job.wait(), job.text
+    assert found in ([2], [1, 2], [2, 1])  # the other one has been left
+    assert "Traceback" not in output and f"apple.jsonl:{3 * len(lines) + 1}: not JSON" in output
+    assert list((rows / "out").glob("checkpoint-*"))  # what was saved before stays
 
 
 @pytest.mark.parametrize(
