@@ -415,7 +415,7 @@ def main(cfg: Config) -> None:
             summary, num_without = write_output(
                 cfg, pool, work, [part_name(work, number) for number in range(len(starts))]
             )
-        except ValueError:  # of no use to another run
+        except NothingMinedError:  # the same command would find the same
             shutil.rmtree(work)
             raise
         say(summary)
@@ -539,6 +539,10 @@ def records_of(
 # ---- the output
 
 
+class NothingMinedError(ValueError):
+    """No row got a negative."""
+
+
 def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -> tuple[str, int]:
     """Reads the input again, line by line, and puts the negatives in.
 
@@ -546,7 +550,8 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
         The summary, and how many rows have no negatives.
 
     Raises:
-        ValueError: no row got a negative, or the input has changed; then nothing is written.
+        NothingMinedError: no row got a negative; nothing is written.
+        ValueError: the input has changed, or a part is damaged; nothing is written.
     """
     num_rows = len(np.load(os.path.join(work, "query_keys.npy"), mmap_mode="r"))
     num_shown = min(cfg.show, num_rows)
@@ -593,7 +598,7 @@ def write_output(cfg: Config, pool: TextPool, work: str, parts: Sequence[str]) -
             file.write(json.dumps(new, ensure_ascii=False) + "\n")
         if not counts["mined"] + counts["filled"]:
             why = ", ".join(f"{count:,} {name.replace('_', ' ')}" for name, count in dropped.most_common(3))
-            raise ValueError(
+            raise NothingMinedError(
                 f"no row got a negative (candidates dropped: {why or 'none'}), nothing is written; {WAY_OUT}"
             )
     with atomic_file(f"{cfg.output_file}.config.yaml") as file:

@@ -261,6 +261,28 @@ def test_damaged_leftovers_are_not_used(tmp_path, tiny_model, damaged):
     assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("changed", ["a part", "the input"])
+def test_what_goes_wrong_at_the_end_loses_no_work(tmp_path, tiny_model, changed):
+    toy = write(tmp_path / "toy.jsonl", make_rows(1200))
+    args = ("--range_for_sampling", "0-60", "--negative_number", 5)
+    mine(tmp_path, tiny_model, *args, output="whole.jsonl").ends()
+    job = mine(tmp_path, tiny_model, *args)
+    work = tmp_path / "mined.jsonl.mining"
+    job.wait_until((work / "part-0000000").exists)
+    before = toy.read_bytes()
+    if changed == "a part":
+        (work / "part-0000000").write_text("")
+    else:
+        toy.write_bytes(before.replace(b"king", b"duke"))
+    text = job.ends(2)
+    expected = "part-0000000 is not there or damaged" if changed == "a part" else "the input has changed"
+    assert expected in text and "Traceback" not in text and not (tmp_path / "mined.jsonl").exists()
+    toy.write_bytes(before)
+    text = mine(tmp_path, tiny_model, *args).ends()
+    assert f"going on from an interrupted run: {4 if changed == 'a part' else 5} of its chunks" in text
+    assert (tmp_path / "mined.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
 def test_the_pools_embeddings_are_kept_and_taken(tmp_path, tiny_model):
     """Also those of encode_corpus.py; those of other texts are refused."""
     write(tmp_path / "toy.jsonl", make_rows(40))
