@@ -67,6 +67,18 @@ def is_beir_folder(path: str) -> bool:
     return _member(path, "corpus") is not None and _member(path, "queries") is not None
 
 
+def files_of_beir(names: Sequence[str]) -> list[str]:
+    """The names, but of each folder in BEIR's layout the files of which it consists, as nothing else there is read."""
+    found: list[str] = []
+    for name in names:
+        parts = [_member(name, part) for part in ("corpus", "queries")]
+        if None not in parts:
+            found += [*filter(None, parts), *glob.glob(f"{glob.escape(name)}/qrels/*")]
+        else:
+            found.append(name)
+    return found
+
+
 def is_hub_name(path: str, extensions: tuple[str, ...] = EXTENSIONS) -> bool:
     """Whether a name is NAME[:CONFIG[:SPLIT]] of a data set on the hub, and nothing that stands or should stand here."""
     from bge_accel.remote import HUB_NAME

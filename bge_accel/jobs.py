@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import IO, Any, TypeVar
 
 from bge_accel.checkpoint import atomic_folder, differences, flush
-from bge_accel.reading import Faults, find_files, load_json, printable, read_rows
+from bge_accel.reading import Faults, find_files, load_json, name_that_finds, printable, read_rows
 
 T = TypeVar("T")
 LOG_SECONDS = 60  # between two lines of progress where there is no terminal
@@ -209,12 +209,18 @@ def write_folder(path: str, files: Mapping[str, bytes]) -> None:
 
 
 def check_output(flag: str, path: str, inputs: Sequence[str]) -> None:
-    """Raises ValueError where a file cannot be written, or would be written over an input."""
+    """Raises ValueError where a file cannot be written, would be written over an input, or be read as one by the next run.
+
+    Args:
+        inputs: files, globs and folders of data; those that are not here are passed over.
+    """
     if not path or os.path.isdir(path):
         raise ValueError(f"{flag} {path!r} is not the name of a file")
     check_folder(f"{flag} {path}: its folder", os.path.dirname(os.path.abspath(path)))
-    if os.path.exists(path) and any(os.path.samefile(path, name) for name in inputs):
+    if os.path.exists(path) and any(os.path.samefile(path, name) for name in find_files(inputs, Faults())):
         raise ValueError(f"{flag} {path} is an input; name another file")
+    if (name := name_that_finds(path, inputs)) is not None:
+        raise ValueError(f"{flag} {path}: the next run would read it as data, from {name}; write it elsewhere")
 
 
 def check_json(paths: Sequence[str], faults: Faults) -> None:

@@ -268,8 +268,8 @@ def check_output_folder(output_path: str, inputs: Sequence[str], *, overwrite: b
     check_folder("the output", output_path)
     target = os.path.realpath(output_path)
     for name in inputs:
-        if os.path.isdir(name) and os.path.commonpath([target, os.path.realpath(name)]) == target:
-            raise ValueError(f"the output {output_path} is or holds the model {name}; name another folder")
+        if os.path.exists(name) and os.path.commonpath([target, os.path.realpath(name)]) == target:
+            raise ValueError(f"the output {output_path} is or holds {name}, which is read; name another folder")
     if os.path.isdir(target) and not is_empty(target) and not overwrite:
         raise ValueError(f"the output {output_path} is not empty; name another folder, or give --overwrite_output_dir")
     check_folder("the folder of the output", os.path.dirname(target))  # it is written beside, and renamed

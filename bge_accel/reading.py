@@ -16,6 +16,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 EXTENSIONS = (".jsonl", ".json", ".jsonl.gz", ".json.gz", ".jsonl.zst", ".json.zst", ".parquet")
@@ -115,6 +116,24 @@ def find_files(paths: Sequence[str], faults: Faults) -> list[str]:
             near = near_path(path)
             faults.add(path, "no such file or folder" + (f"; did you mean {near}?" if near else ""))
     return files
+
+
+def name_that_finds(path: str, names: Sequence[str]) -> str | None:
+    """Which of `names` is a folder or glob by which `find_files` reads a file that is to be written to `path`."""
+    if not path.endswith(EXTENSIONS):
+        return None
+    folder = PurePath(os.path.realpath(os.path.dirname(os.path.abspath(path))))
+    for name in names:
+        if os.path.isdir(name):
+            finds = PurePath(os.path.realpath(name)) == folder
+        elif not name or os.path.lexists(name) or "\0" in name:
+            finds = False
+        else:  # a glob finds files, and folders with files
+            pattern = os.path.realpath(name)
+            finds = folder.match(pattern) or (folder / os.path.basename(path)).match(pattern)
+        if finds:
+            return name
+    return None
 
 
 def near_path(path: str) -> str | None:

@@ -45,9 +45,8 @@ def main(cfg: Config) -> None:
                 f"--output_dir {cfg.output_dir} holds {', '.join(there)}: another split would hold out other rows than those "
                 "that models have been trained without; name another folder, or add --overwrite"
             )
-        inputs = find_files(cfg.input_file, Faults())
         for name in OUTPUTS:
-            check_output("--output_dir", os.path.join(cfg.output_dir, name), inputs)
+            check_output("--output_dir", os.path.join(cfg.output_dir, name), cfg.input_file)
         rows = read_all(cfg.input_file)
         groups = connected([*map(normalise_text, (row["query"], *row["pos"]))] for row in rows)
         random.Random(cfg.seed).shuffle(groups)

@@ -82,7 +82,7 @@ def main(cfg: Config) -> int:
         if cfg.measure_steps == 1:
             raise ValueError("--measure_steps is 1: the first step is unlike the others, so take 0 or at least 2")
         if cfg.json not in (None, "-"):
-            check_output("--json", str(cfg.json), [path for path in cfg.train_data if os.path.isfile(path)])
+            check_output("--json", str(cfg.json), cfg.train_data)
     run = run_of(cfg)
     world = cfg.num_processes or int(os.environ.get("WORLD_SIZE", "1"))
 

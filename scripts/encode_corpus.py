@@ -25,10 +25,21 @@ from typing import Literal
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
 from bge_accel.evaluation_data import corpus_rows, query_rows
-from bge_accel.jobs import SharedCounters, check_folder, from_first, leave_processes, progress, say, warn, what_is_kept
+from bge_accel.evaluation_sources import files_of_beir
+from bge_accel.jobs import (
+    SharedCounters,
+    check_folder,
+    check_output,
+    from_first,
+    leave_processes,
+    progress,
+    say,
+    warn,
+    what_is_kept,
+)
 from bge_accel.lock import lock_output
 from bge_accel.reading import Faults
-from bge_accel.store import EmbeddingStore, Manifest, digest_texts, prepare_store
+from bge_accel.store import MANIFEST, EmbeddingStore, Manifest, digest_texts, prepare_store
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -92,6 +103,7 @@ def check(cfg: Config) -> None:
         raise ValueError(f"--{other}_instruction_for_retrieval has no effect with --kind {cfg.kind}; drop it")
     check_model_path("--model_name_or_path", cfg.model_name_or_path)
     check_folder("--output_dir", cfg.output_dir)
+    check_output("--output_dir", os.path.join(cfg.output_dir, MANIFEST), files_of_beir(cfg.corpus_data))
 
 
 def read_texts(cfg: Config, faults: Faults) -> Iterator[str]:

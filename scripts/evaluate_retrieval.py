@@ -54,6 +54,7 @@ from bge_accel.evaluation import (
     score_histogram,
 )
 from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
+from bge_accel.evaluation_sources import files_of_beir
 from bge_accel.jobs import (
     Processes,
     SharedCounters,
@@ -69,7 +70,7 @@ from bge_accel.jobs import (
 from bge_accel.lock import lock_output
 from bge_accel.reading import Faults, installed_version, printable, shorten, shown_name
 from bge_accel.report import metrics_table, side_by_side_table
-from bge_accel.store import read_manifest
+from bge_accel.store import MANIFEST, read_manifest
 from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
@@ -213,14 +214,19 @@ def check(cfg: Config) -> None:
         raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
     if cfg.save_ranking is not None and len(encoders) + len(runs) > 1:
         raise ValueError("--save_ranking is of one system; of several, --save_run keeps the rankings")
+    inputs = [
+        *files_of_beir([*(cfg.corpus_data or []), *(cfg.query_data or [])]),
+        *([cfg.qrels] if cfg.qrels else []),
+        *runs,
+    ]
     for folder in stores:
         check_folder("--save_path", folder)
+        check_output("--save_path", os.path.join(folder, MANIFEST), inputs)
     if cfg.figures_dir is not None:
         check_folder("--figures_dir", cfg.figures_dir)
-    inputs = [*(cfg.corpus_data or []), *(cfg.query_data or []), *([cfg.qrels] if cfg.qrels else []), *runs]
     outputs: dict[str, str] = {}
     for name, path in output_files(cfg):
-        check_output(f"--{name}", path, [path for path in inputs if os.path.exists(path)])
+        check_output(f"--{name}", path, inputs)
         if (other := outputs.setdefault(os.path.abspath(path), name)) != name:
             raise ValueError(f"--{name} and --{other} are both {path}; name two files")
 

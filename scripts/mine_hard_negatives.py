@@ -70,7 +70,7 @@ from bge_accel.mining import (
 from bge_accel.reading import Faults, find_files, read_rows, shorten, text_id
 from bge_accel.reranking import SHORTEST_PAIR
 from bge_accel.rows import TrainingRows
-from bge_accel.store import EmbeddingStore, missing_shards, prepare_store, read_manifest
+from bge_accel.store import MANIFEST, EmbeddingStore, missing_shards, prepare_store, read_manifest
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -228,13 +228,15 @@ def check(cfg: Config) -> Choice:
     elif cfg.reranker_normalize:
         warn("--reranker_normalize has no effect without --reranker")
     faults = Faults()
-    inputs = find_files([*cfg.input_file, *(cfg.candidate_pool or [])], faults)
+    inputs = [*cfg.input_file, *(cfg.candidate_pool or [])]
+    find_files(inputs, faults)
     faults.raise_if_any()
     for name in ("output_file", "plot"):
         if getattr(cfg, name) is not None:
             check_output(f"--{name}", getattr(cfg, name), inputs)
     if cfg.save_path is not None:
         check_folder("--save_path", cfg.save_path)
+        check_output("--save_path", os.path.join(cfg.save_path, MANIFEST), inputs)
     if cfg.output_file.endswith((".gz", ".zst", ".parquet")):
         raise ValueError(f"--output_file {cfg.output_file}: it is written as plain JSON lines; name it .jsonl")
     if cfg.plot is not None and importlib.util.find_spec("matplotlib") is None:

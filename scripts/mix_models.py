@@ -35,9 +35,10 @@ from typing import Any, Literal
 
 from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
+from bge_accel.evaluation_sources import files_of_beir
 from bge_accel.jobs import check_output, say
 from bge_accel.lock import lock_output
-from bge_accel.reading import printable
+from bge_accel.reading import Faults, find_files, printable
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -147,6 +148,13 @@ def check(cfg: Config) -> str:
     return way
 
 
+def data_of(cfg: Config) -> list[str]:
+    """The files, globs and folders of examples, corpora, queries and judgements that are read."""
+    sets = [cfg.example_data, cfg.dev_data, cfg.dev_corpus, cfg.dev_queries, cfg.guard_data, cfg.guard_corpus]
+    named = [name for names in (*sets, cfg.guard_queries) for name in names or []]
+    return [*files_of_beir(named), *filter(None, (cfg.dev_qrels, cfg.guard_qrels))]
+
+
 def check_search(cfg: Config) -> None:
     if len(cfg.model_names_or_paths or []) != 2:
         raise ValueError("--search goes from a base to a tuned model: --model_names_or_paths needs these two")
@@ -169,7 +177,7 @@ def check_search(cfg: Config) -> None:
     if cfg.model_type not in ("encoder", "decoder") or (cfg.model_type == "decoder" and cfg.objective != "loss"):
         raise ValueError("--search takes encoders, and decoders with --objective loss")
     if cfg.plot is not None:
-        check_output("--plot", cfg.plot, [])
+        check_output("--plot", cfg.plot, data_of(cfg))
     if cfg.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib, or drop the flag")
 
@@ -184,7 +192,9 @@ def main(cfg: Config) -> None:
         with user_errors():
             # ---- models and weights
             models = cfg.model_names_or_paths or last_checkpoints(str(cfg.run_dir), cfg.last_checkpoints or 0)
-            check_output_folder(cfg.output_path, models, overwrite=cfg.overwrite_output_dir)
+            files = find_files(data_of(cfg), Faults())
+            check_output_folder(cfg.output_path, [*models, *files], overwrite=cfg.overwrite_output_dir)
+            check_output("--output_path", os.path.join(cfg.output_path, "config.json"), data_of(cfg))
             check_complete(models[0], cfg.model_type, trust_remote_code=cfg.trust_remote_code, cache_dir=cfg.cache_dir)
             lock_output(cfg.output_path, is_folder=False)  # beside the folder, which is replaced with its own lock
             lock_output(cfg.output_path)

@@ -103,9 +103,9 @@ def check(cfg: Config) -> None:
         raise ValueError("--use_fp16 and --use_bf16 exclude each other; give one of them")
     check_model_path("--reranker_name_or_path", cfg.reranker_name_or_path)
     faults = Faults()
-    inputs = find_files(cfg.input_file, faults)
+    find_files(cfg.input_file, faults)
     faults.raise_if_any()
-    check_output("--output_file", cfg.output_file, inputs)
+    check_output("--output_file", cfg.output_file, cfg.input_file)
     check_json(cfg.input_file, faults)
     faults.raise_if_any()
 

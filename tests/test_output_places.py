@@ -6,6 +6,9 @@ import pytest
 from conftest import REPO
 from warm_start import Job
 
+from bge_accel.evaluation_sources import files_of_beir
+from bge_accel.jobs import check_output
+
 ROWS = '{"query": "what is it", "pos": ["it is this"], "neg": ["it is that"]}\n'
 OUTPUTS = {
     "finetune.py": "--model_name_or_path MODEL --train_data rows.jsonl --output_dir",
@@ -59,3 +62,57 @@ def test_the_doctor_does_not_replace_the_rows(tmp_path: Path, tiny_model: str) -
     (tmp_path / "rows.jsonl").write_text(ROWS)
     args = OUTPUTS["doctor.py"].replace("MODEL", tiny_model).split()
     assert "rows.jsonl is an input" in refused(tmp_path, "doctor.py", [*args, "rows.jsonl"])
+
+
+@pytest.mark.parametrize(
+    "script, args",
+    [
+        ("mine_hard_negatives.py", "--model_name_or_path MODEL --input_file data --output_file data/mined.jsonl"),
+        ("mine_hard_negatives.py", "--model_name_or_path MODEL --input_file data/*.jsonl --output_file data/mined.jsonl"),
+        ("mine_hard_negatives.py", "--model_name_or_path MODEL --input_file data/rows.jsonl --output_file other/mined.jsonl "
+         "--candidate_pool other"),
+        ("mine_hard_negatives.py", "--model_name_or_path MODEL --input_file data --output_file out --save_path data"),
+        ("score_with_reranker.py", "--reranker MODEL --input_file data --output_file data/scored.jsonl"),
+        ("encode_corpus.py", "--model_name_or_path MODEL --corpus_data data --output_dir data"),
+        ("encode_corpus.py", "--model_name_or_path MODEL --corpus_data * --output_dir store"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data data --query_data q.jsonl --output_file data/m.json"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data q.jsonl --query_data data/ --output_file ./data/m.json"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data data --query_data q.jsonl --save_ranking data/r.jsonl"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data data --query_data q.jsonl --output_file data/rows.jsonl"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data data --query_data q.jsonl --save_embedding "
+         "--save_path data"),
+        ("evaluate_retrieval.py", "--encoder MODEL --corpus_data beir --output_file beir/corpus.jsonl"),
+        ("mix_models.py", "--model_names_or_paths MODEL MODEL --example_data data --output_path data "
+         "--overwrite_output_dir"),
+        ("mix_models.py", "--model_names_or_paths MODEL MODEL --example_data * --output_path new"),
+        ("doctor.py", "--model_name_or_path MODEL --train_data data --output_dir out --measure_steps 0 --json data/d.json"),
+        ("../data/split_rows.py", "--input_file data --output_dir data"),
+    ],
+)  # fmt: skip
+def test_outputs_that_would_be_read_as_data(tmp_path: Path, tiny_model: str, script: str, args: str) -> None:
+    folder = tmp_path / "here"
+    for name in ("data/rows.jsonl", "other/rows.jsonl", "q.jsonl", "beir/corpus.jsonl", "beir/queries.jsonl"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(ROWS)
+    (folder / "beir" / "qrels").mkdir()
+    (folder / "beir" / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\n0\t0\t1\n")
+    said = refused(folder, script, args.replace("MODEL", tiny_model).split())
+    assert "would read it as data, from" in said or "is an input" in said or "which is read" in said
+
+
+def test_outputs_beside_what_is_read(tmp_path: Path) -> None:
+    for name in ("data/rows.jsonl", "beir/corpus.jsonl", "beir/queries.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(ROWS)
+    data, beir = str(tmp_path / "data"), str(tmp_path / "beir")
+    for output, inputs in (
+        (f"{data}/mined.jsonl", [f"{data}/rows.jsonl"]),
+        (f"{data}/mined.jsonl", [f"{data}/row*.jsonl"]),
+        (f"{data}/run.trec", [data]),  # no file of data by its name
+        (f"{data}/below/mined.jsonl", [data]),
+        (f"{data}/below/mined.jsonl", [f"{data}/*.jsonl"]),
+        (f"{data}.jsonl", [data]),
+        (f"{beir}/metrics.json", files_of_beir([beir])),
+        ("metrics.json", ["BeIR/scifact", "", "a\0b"]),  # names on the hub
+    ):
+        check_output("--output_file", output, inputs)
