@@ -323,7 +323,7 @@ def load_encoder(
     gradient_checkpointing: bool = False,
     lengths: Mapping[str, int | None] | None = None,
     cut_by: Mapping[str, str] | None = None,
-    other_prefixes: Mapping[str, Sequence[str]] | None = None,
+    other_prefixes: Mapping[str, Mapping[str, str]] | None = None,
     trust_remote_code: bool = False,
     **hub: Any,
 ) -> tuple[Encoder, Any, EmbeddingSettings]:
@@ -335,7 +335,8 @@ def load_encoder(
         gradient_checkpointing: recompute activations layer by layer in the backward pass.
         lengths: see `check_lengths`; looked at before the weights are loaded.
         cut_by: which of `lengths` cuts a "query", which a "passage": their instructions have to leave room in it.
-        other_prefixes: what stands before some queries or passages in place of the model's own.
+        other_prefixes: what stands before some queries or passages in place of the model's own; for each the place of
+            the first row that says so, "" where it is no row's.
         hub: `cache_dir`, `token`, `revision`.
 
     Returns:
@@ -362,8 +363,8 @@ def load_encoder(
         }
         for kind, name in (cut_by or {}).items():
             length = (lengths or {}).get(name) or settings.max_length or max_positions(config)
-            for prefix in (chosen[kind], *(other_prefixes or {}).get(kind, ())):
-                check_prefix(tokenizer, prefix, length, name, kind)
+            for prefix, place in [(chosen[kind], ""), *(other_prefixes or {}).get(kind, {}).items()]:
+                check_prefix(tokenizer, prefix, length, name, kind, place)
         if gradient_checkpointing:
             check_gradient_checkpointing(
                 model_without_weights(encoder_class(config.model_type), model_name_or_path, config, trust_remote_code)
@@ -412,20 +413,21 @@ def check_lengths(tokenizer: Any, lengths: Mapping[str, int | None]) -> None:
             )
 
 
-def check_prefix(tokenizer: Any, prefix: str, length: int, name: str, kind: str) -> None:
+def check_prefix(tokenizer: Any, prefix: str, length: int, name: str, kind: str, place: str = "") -> None:
     """Raises ValueError where an instruction fills a text's whole length, so that all texts would be the same.
 
     Args:
         length: tokens that texts are cut to, special ones included.
         name: of the flag or argument that says so.
         kind: what the texts are, for the message.
+        place: of the row whose instruction it is, as `file:line`.
     """
     with TOKENIZING:
         num_tokens = len(tokenizer(prefix, truncation=True, max_length=length)["input_ids"])
     if prefix and num_tokens >= length:
         raise ValueError(
-            f"{name} is {length}: the {kind} instruction {shorten(prefix)} fills it, and nothing of any {kind} is left; "
-            "make it larger, or the instruction shorter"
+            f"{place and f'{place}: '}{name} is {length}: the {kind} instruction {shorten(prefix)} fills it, and "
+            f"nothing of any {kind} is left; make it larger, or the instruction shorter"
         )
 
 

@@ -150,6 +150,20 @@ class TrainingRows:
             draw_other_passage(self, hardest, self.known_positives(hardest), lambda: 0.0)
         return len(without)
 
+    def first_with_prompt(self) -> dict[str, int]:
+        """Each different "prompt" of rows, with the index of the first row that has it; no other text is read."""
+        first: dict[str, int] = {}
+        for index, (file, chosen) in zip(self._ends, self._parts(), strict=False):
+            for chunk in file.prompts(chosen).chunks:
+                if chunk.null_count < len(chunk):
+                    encoded = chunk.dictionary_encode()
+                    codes, places = np.unique(encoded.indices.fill_null(-1).to_numpy(), return_index=True)
+                    for code, place in zip(codes.tolist(), places.tolist(), strict=True):
+                        if code >= 0:
+                            first.setdefault(encoded.dictionary[code].as_py(), index + place)
+                index += len(chunk)
+        return first
+
     def query_ids(self) -> np.ndarray:
         """(rows,) `text_id` of each query, int64; no text is read."""
         ids = (file.query_ids() if chosen is None else file.query_ids()[chosen] for file, chosen in self._parts())
@@ -251,6 +265,11 @@ class RowFile:
     def num_negatives(self) -> np.ndarray:
         """(rows,) how many negatives each row has."""
         return self._count("neg")
+
+    def prompts(self, chosen: np.ndarray | None) -> "pa.ChunkedArray":
+        """The "prompt" of each row, or of the chosen ones; null where there is none."""
+        column = self._column("prompt")
+        return column if chosen is None else column.take(chosen)
 
     def without_scores(self) -> list[int]:
         """Indices of the rows that lack a teacher's scores of positives or negatives."""

@@ -442,14 +442,19 @@ def settings_of_sources(cfg: Config) -> dict[str, Any]:
     }
 
 
-def prefixes_of_sources(cfg: Config, feeds: Sequence[PlannedSource]) -> dict[str, list[str]]:
-    """What sources put before their queries and passages in place of the run's instructions."""
+def other_prefixes(cfg: Config, feeds: Sequence[Feed]) -> dict[str, dict[str, str]]:
+    """What sources and rows put before queries and passages in place of the run's instructions, and which row does."""
     from bge_accel.model import instruction_prefix
 
-    found: dict[str, list[str]] = {}
+    found: dict[str, dict[str, str]] = {}
     for kind, format in (("query", cfg.query_instruction_format), ("passage", cfg.passage_instruction_format)):
         own = [instruction_prefix(getattr(feed.source, f"{kind}_instruction_for_retrieval"), format) for feed in feeds]
-        found[kind] = [prefix for prefix in own if prefix is not None]
+        found[kind] = {prefix: "" for prefix in own if prefix is not None}
+    for feed in feeds:
+        for prompt, row in feed.rows.first_with_prompt().items() if feed.rows else ():
+            found["query"].setdefault(
+                str(instruction_prefix(prompt, cfg.query_instruction_format)), feed.rows.place(row)
+            )
     return found
 
 
@@ -530,6 +535,7 @@ def main(cfg: Config) -> int:
     from bge_accel.in_place_gradients import add_gradients_in_place
     from bge_accel.losses import contrastive_loss, known_positive_pairs, known_to_any
     from bge_accel.model import (
+        check_prefix,
         compile_layers,
         instruction_prefix,
         load_encoder,
@@ -707,7 +713,7 @@ def main(cfg: Config) -> int:
             gradient_checkpointing=cfg.gradient_checkpointing,
             lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
             cut_by={"query": "--query_max_len", "passage": "--passage_max_len"},
-            other_prefixes=prefixes_of_sources(cfg, feeds),
+            other_prefixes=other_prefixes(cfg, feeds),
             cache_dir=cfg.cache_dir,
             token=cfg.token,
         )
@@ -795,6 +801,9 @@ def main(cfg: Config) -> int:
                 feed = feeds[source]
                 if feed.stream is not None:
                     rows, row, epoch, key = feed.stream.take(1)[0]
+                    if prompt := rows[row].get("prompt"):
+                        prefix = query_prefix(feed, prompt)
+                        check_prefix(tokenizer, prefix, cfg.query_max_len, "--query_max_len", "query", rows.place(row))
                 else:
                     assert feed.rows is not None and feed.order is not None
                     rows, (epoch, row) = feed.rows, feed.order[place]

@@ -265,7 +265,7 @@ def main(cfg: Config) -> None:
     import torch
 
     from bge_accel.encoding import EmbeddingModel, tokenizer_digest, weights_digest
-    from bge_accel.model import instruction_prefix
+    from bge_accel.model import check_prefix, instruction_prefix
     from bge_accel.precision import default_device, resolve_dtype
     from bge_accel.reranking import Reranker
     from bge_accel.search import build_index, check_index_factory, search
@@ -303,6 +303,11 @@ def main(cfg: Config) -> None:
                 **hub,
             )
             check_index_factory(cfg.index_factory, model.dim)
+            query_length = min(cfg.embedder_query_max_length or cfg.max_length, model.max_length)
+            for prompt, row in rows.first_with_prompt().items():
+                prefix = str(instruction_prefix(prompt, cfg.query_instruction_format_for_retrieval))
+                flag = "--max_length" if cfg.embedder_query_max_length is None else "--embedder_query_max_length"
+                check_prefix(model.tokenizer, prefix, query_length, flag, "query", rows.place(row))
             processes.say(f"computing in {str(dtype).removeprefix('torch.')} on {device.type}")
             reranker = None
             if cfg.reranker is not None:
@@ -320,7 +325,6 @@ def main(cfg: Config) -> None:
         if processes.rank == 0 and not os.path.exists(os.path.join(work, "fingerprint.json")):
             shutil.rmtree(work)
         raise
-    query_length = min(cfg.embedder_query_max_length or cfg.max_length, model.max_length)
     passage_length = min(cfg.embedder_passage_max_length or cfg.max_length, model.max_length)
 
     # ---- go on from what a killed run has left, if it was the same

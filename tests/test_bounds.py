@@ -302,6 +302,32 @@ def test_an_instruction_that_fills_the_length_is_refused_before_weights_are_load
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("script", "flag", "args"),
+    [
+        ("finetune.py", "query_max_len", RUN),
+        ("finetune.py", "query_max_len", f"{RUN} --streaming --max_steps 2 --save_strategy no"),
+        ("mine_hard_negatives.py", "max_length", MINE),
+        ("mine_hard_negatives.py", "embedder_query_max_length", MINE),
+    ],
+)
+def test_a_rows_own_prompt_that_fills_the_length_is_refused(
+    tmp_path: Path, tiny_model: str, run_script: Run, script: str, flag: str, args: str
+) -> None:
+    """Its query would be the prompt alone; the rows before have none, a short one, and an empty one."""
+    prompts: list[str | None] = [None, "the ", "", "the king is in the story: ", "the "]
+    rows = [{"query": f"who {i}", "pos": ["king"], "neg": ["list"], "prompt": own} for i, own in enumerate(prompts)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    if script == "finetune.py" and "--streaming" not in args:
+        (model / "model.safetensors").write_bytes(b"no weights")
+    done = run_script(script, "--model_name_or_path", model, *args.split(), f"--{flag}", 8, status=2)
+    expected = f'rows.jsonl:4: --{flag} is 8: the query instruction "the king is in the story: " fills it'
+    assert expected in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+    assert not (tmp_path / "out.mining").exists() and not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_what_may_be_left_out_is_not_empty(says: typing.Callable[..., str]) -> None:
     """As a variable of the shell that is not set is: the default would be taken without a word."""
     for script in WITH_SETTINGS:

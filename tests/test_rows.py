@@ -345,6 +345,20 @@ MIXED = [
 EXPECTED = [{key: value for key, value in row.items() if value is not None and key != "type"} for row in MIXED]
 
 
+def test_each_prompt_and_the_first_row_that_has_it(write, cache):
+    prompts = [None] * 1500 + ["a", "", None, "b", "a"] * 200 + [None] * 1000 + ["c"]
+    first = write("first.jsonl", [{"query": "q", "pos": ["p"], "prompt": prompt} for prompt in prompts])
+    second = write("second.jsonl", [*numbered(3), *numbered(2, prompt="d"), *numbered(1, prompt="b")])
+    rows = TrainingRows([first, second], cache_folder=cache)
+    expected = {"a": 1500, "": 1501, "b": 1503, "c": 3500, "d": 3504}
+    assert rows.first_with_prompt() == expected and rows.place(1503) == f"{first}:1504"
+    some = TrainingRows([first, second], cache_folder=cache, max_rows_per_file=900)
+    found = some.first_with_prompt()
+    prompts_of = [some[index].get("prompt") for index in range(len(some))]
+    assert found == {prompt: prompts_of.index(prompt) for prompt in prompts_of if prompt is not None}
+    assert TrainingRows([write("none.jsonl", numbered(3))], cache_folder=cache).first_with_prompt() == {}
+
+
 @pytest.fixture(scope="module")
 def every_format(tmp_path_factory):
     folder = tmp_path_factory.mktemp("formats")
