@@ -536,13 +536,15 @@ def load_weights(
     Raises:
         ValueError: files are damaged, or lack tensors that the configuration asks for, or hold them in other shapes.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging
 
     wrapper = ""
     if config is None:
         names = ("trust_remote_code", "cache_dir", "token", "revision")
         config = read_config(model, **{name: options[name] for name in names if name in options})
-    model_without_weights(auto_class, model, config, options.get("trust_remote_code", False))
+    if not is_deepspeed_zero3_enabled():  # under which transformers shards a model while it is made
+        model_without_weights(auto_class, model, config, options.get("trust_remote_code", False))
     if os.path.isdir(model):
         with closing(TensorFiles(model)) as files:  # of damaged ones transformers says less, and more at length
             wrapper = files.wrapper
