@@ -345,6 +345,7 @@ def load_encoder(
     Raises:
         ValueError: the model cannot be found or is of a kind that is not supported; a length leaves nothing of a text.
     """
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
@@ -365,7 +366,7 @@ def load_encoder(
             length = (lengths or {}).get(name) or settings.max_length or max_positions(config)
             for prefix, place in [(chosen[kind], ""), *(other_prefixes or {}).get(kind, {}).items()]:
                 check_prefix(tokenizer, prefix, length, name, kind, place)
-        if gradient_checkpointing:
+        if gradient_checkpointing and not is_deepspeed_zero3_enabled():
             check_gradient_checkpointing(
                 model_without_weights(encoder_class(config.model_type), model_name_or_path, config, trust_remote_code)
             )
@@ -378,6 +379,7 @@ def load_encoder(
             **common,
         )
     if gradient_checkpointing:
+        check_gradient_checkpointing(backbone)
         enable_gradient_checkpointing(backbone)
     settings = settings.with_overrides(
         pooling=pooling, normalize=normalize, query_prefix=query_prefix, passage_prefix=passage_prefix

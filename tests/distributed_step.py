@@ -23,7 +23,7 @@ from bge_accel.batching import make_token_batch, split_micro_batches
 from bge_accel.distributed import gather, gather_with_grad, largest
 from bge_accel.jobs import leave_processes
 from bge_accel.losses import contrastive_loss, known_positive_pairs
-from bge_accel.model import enable_gradient_checkpointing, load_encoder, save_encoder
+from bge_accel.model import load_encoder, save_encoder
 from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
 from bge_accel.training import ActivationBudget, embed_and_backward
 
@@ -45,9 +45,8 @@ def make_batch() -> tuple[list, list, np.ndarray, list]:
 
 
 def make_encoder(path: str, dtype: torch.dtype, checkpointing: bool):
-    encoder, tokenizer, settings = load_encoder(path, pooling="mean", dtype=dtype)
-    if checkpointing:
-        enable_gradient_checkpointing(encoder.backbone)
+    options = {"pooling": "mean", "dtype": dtype, "gradient_checkpointing": checkpointing}
+    encoder, tokenizer, settings = load_encoder(path, **options)
     encoder.backbone.config.attention_probs_dropout_prob = 0.0
     for module in encoder.modules():  # dropout cannot be the same on one process and on two
         if isinstance(module, torch.nn.Dropout):
