@@ -20,7 +20,7 @@ from bge_accel.jobs import progress
 from bge_accel.lock import locked
 from bge_accel.model import Encoder, check_lengths, check_prefix, instruction_prefix, load_encoder, max_positions
 from bge_accel.packed_linear import PackedLinears
-from bge_accel.precision import default_device, resolve_dtype
+from bge_accel.precision import default_device, floating_dtype, resolve_dtype
 from bge_accel.reading import shorten
 from bge_accel.store import (
     EmbeddingStore,
@@ -356,7 +356,7 @@ class EmbeddingModel:
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike[str],
         *,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype = "auto",
@@ -394,7 +394,7 @@ class EmbeddingModel:
             normalize=normalize,
             query_prefix=instruction_prefix(query_instruction, query_instruction_format),
             passage_prefix=instruction_prefix(passage_instruction, passage_instruction_format),
-            dtype=getattr(torch, dtype) if isinstance(dtype, str) else dtype,
+            dtype=floating_dtype(dtype),
             lengths={**own_lengths, **(lengths or {})},
             cut_by=cut_by,
             trust_remote_code=trust_remote_code,
@@ -405,7 +405,7 @@ class EmbeddingModel:
         kernel = unpadded.choose_kernel(self.encoder.backbone) if attention == "auto" else attention
         if kernel is not None and kernel != "padded":
             unpadded.use_kernel(self.encoder.backbone, kernel)
-        self.name, self.counts = model_name_or_path, EncodingCounts()
+        self.name, self.counts = os.fspath(model_name_or_path), EncodingCounts()
         self.batch_size = batch_size
         assert self.settings.max_length is not None
         self.max_length = max_length or self.settings.max_length
@@ -657,7 +657,7 @@ class FlagModel(EmbeddingModel):
 
     def __init__(
         self,
-        model_name_or_path: str,
+        model_name_or_path: str | os.PathLike[str],
         normalize_embeddings: bool | None = None,
         use_fp16: bool = True,
         use_bf16: bool = False,

@@ -36,6 +36,7 @@ from bge_accel.merge_plan import (
     read_json,
 )
 from bge_accel.model import encoder_class, load_weights
+from bge_accel.precision import floating_dtype
 from bge_accel.reading import shown_name, shown_size
 from bge_accel.tensor_files import (
     INDEX,
@@ -191,7 +192,7 @@ def merge_models(
 ) -> None:
     """`mix_models` without loading the result: memory is bounded by a few slices, whatever the models."""
     weights = check_weights(weights, len(model_names_or_paths), normalize=normalize)
-    out_dtype = _floating_dtype(dtype)
+    out_dtype = None if dtype is None else floating_dtype(dtype)
     shard_size = parse_size(max_shard_size)
     check_output_folder(output_path, model_names_or_paths, overwrite=overwrite_output_dir)
     with ExitStack() as stack:
@@ -489,10 +490,3 @@ those of {inline(recipe["settings_from"])}.
 def _write_text(path: str, text: str) -> None:
     with open(path, "w", encoding="utf-8") as file:
         file.write(text)
-
-
-def _floating_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if dtype is not None and (not isinstance(found, torch.dtype) or not found.is_floating_point):
-        raise ValueError(f"dtype {dtype!r} is not float32, float16, bfloat16 or another floating-point type of torch")
-    return found

@@ -309,7 +309,7 @@ def _from_hub(model: str, name: str, hub: dict[str, Any]) -> str | None:
 
 
 def load_encoder(
-    model_name_or_path: str,
+    model_name_or_path: str | os.PathLike[str],
     *,
     settings: EmbeddingSettings | None = None,
     pooling: str | None = None,
@@ -349,6 +349,7 @@ def load_encoder(
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # one bar per file of a model that loads in a second
+    model_name_or_path = os.fspath(model_name_or_path)
     hub = {key: value for key, value in hub.items() if value is not None}
     if config_name is None:
         check_model_path("the model", model_name_or_path)

@@ -38,6 +38,14 @@ def _is_amd() -> bool:
         return "AMD" in platform.processor()
 
 
+def floating_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """A floating-point type of torch by itself or by its name; ValueError where it is none."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {dtype!r} is not float32, float16, bfloat16 or another floating-point type of torch")
+    return found
+
+
 def resolve_dtype(fp16: bool, bf16: bool, device: torch.device | None = None) -> tuple[torch.dtype, str | None]:
     """The precision to compute in, and a warning where it is not the one asked for.
 

@@ -44,7 +44,7 @@ class Config:
     )
     max_steps: int = option(50, "optimiser steps of each training", at_least=1)
     batch_size: int = option(64, "queries in each step", at_least=1)
-    max_length: int = option(64, "tokens that a passage is cut to", at_least=1)
+    max_length: int = option(64, "tokens that a passage is cut to", at_least=8)
     learning_rate: float = option(1e-4, "high, as the training is short", above=0, at_most=1)
     temperature: float = option(0.04, "similarities are divided by it", above=0)
     merge_weight: float = option(

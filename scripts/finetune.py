@@ -1361,12 +1361,15 @@ class StepLoss(NamedTuple):
     batch: Batch
 
     def check(self) -> None:
-        """Raises RuntimeError where it is no number."""
+        """Ends the program where it is no number."""
         if math.isfinite(loss := self.loss().item()):
             return
         places = ", ".join(example.rows.place(example.row) for example in self.batch.examples)
-        raise RuntimeError(
-            f"step {self.step}: the loss is {loss} on the rows {places}; lower --learning_rate, or look at these rows"
+        sys.exit(
+            printable(
+                f"finetune.py: error: step {self.step}: the loss is {loss} on the rows {places}; lower --learning_rate, or "
+                "look at these rows. Nothing was saved from this step on; earlier checkpoints are untouched"
+            )
         )
 
 

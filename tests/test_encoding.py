@@ -548,3 +548,15 @@ def test_lengths_that_leave_special_tokens_alone_are_refused(tiny_model: str, tm
         for length in (0, 1, 2):
             with pytest.raises(ValueError, match=f"^max_length is {length}: "):
                 call(["king"], max_length=length)
+
+
+def test_a_model_may_be_named_by_a_path(tiny_model: str) -> None:
+    np.testing.assert_array_equal(
+        EmbeddingModel(Path(tiny_model)).encode(TEXTS), EmbeddingModel(tiny_model).encode(TEXTS)
+    )
+
+
+def test_a_precision_that_torch_does_not_know_is_refused(tiny_model: str) -> None:
+    for dtype in "foo", "nn", "int8":
+        with pytest.raises(ValueError, match=f"dtype '{dtype}' is not float32"):
+            EmbeddingModel(tiny_model, dtype=dtype)

@@ -222,7 +222,8 @@ def test_non_finite_loss_stops_with_step_and_rows(tmp_path: Path, tiny_model: st
         *("--temperature", 1e-40, "--per_device_train_batch_size", 4, "--warmup_ratio", 0),
         status=1,
     )
-    assert "the loss is nan on the rows" in result.stderr and "rows.jsonl:" in result.stderr
+    assert "error: step 1: the loss is nan on the rows" in result.stderr and "rows.jsonl:" in result.stderr
+    assert "Traceback" not in result.stderr
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
