@@ -59,7 +59,7 @@ BEYOND = {
         "seeds": SEED,
         "max_steps": (["0"], POSITIVE),
         "batch_size": (["0"], POSITIVE),
-        "max_length": (["0"], POSITIVE),
+        "max_length": (["0", "7"], "at least 8"),
         "learning_rate": (["-1e-4", "2"], "above 0, and at most 1"),
         "temperature": (["0"], "above 0"),
         "merge_weight": (["-0.5", "1.5"], SHARE),
