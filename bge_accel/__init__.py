@@ -6,11 +6,11 @@ __version__ = "0.1.0"
 
 # Loaded on first use, so that `--help` and light imports stay fast.
 _HOMES = {
-    "EmbeddingModel": "encoding",
-    "FlagModel": "encoding",
-    "mix_models": "merging",
-    "mix_models_by_layers": "merging",
-    "mix_models_with_data": "merge_weights",
+    "EmbeddingModel": "encoding.embedding_model",
+    "FlagModel": "encoding.embedding_model",
+    "mix_models": "merging.merge",
+    "mix_models_by_layers": "merging.merge",
+    "mix_models_with_data": "merging.weights",
 }
 __all__ = [
     "EmbeddingModel",
@@ -22,9 +22,9 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from bge_accel.encoding import EmbeddingModel, FlagModel
-    from bge_accel.merge_weights import mix_models_with_data
-    from bge_accel.merging import mix_models, mix_models_by_layers
+    from bge_accel.encoding.embedding_model import EmbeddingModel, FlagModel
+    from bge_accel.merging.merge import mix_models, mix_models_by_layers
+    from bge_accel.merging.weights import mix_models_with_data
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
-from bge_accel.reading import load_yaml, near_path, printable
+from bge_accel.data.reading import load_yaml, near_path, printable
 
 T = TypeVar("T")
 SECRETS = ("--token",)

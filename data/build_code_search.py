@@ -26,9 +26,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import user_errors
-from bge_accel.jobs import check_replaced_folder, say, write_folder
+from bge_accel.processes.group import check_replaced_folder, say, write_folder
+from bge_accel.training.checkpoint import interruptible
 
 NUM_TEST = 600  # (query, passage) pairs to hold out, about
 FILES = ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md")

@@ -16,11 +16,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bge_accel.candidates import normalise_text
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.jobs import atomic_file, check_folder, check_output, say
-from bge_accel.reading import Faults, check_training_row, find_files, read_rows
+from bge_accel.data.reading import Faults, check_training_row, find_files, read_rows
+from bge_accel.mining.pool import normalise_text
+from bge_accel.processes.group import atomic_file, check_folder, check_output, say
+from bge_accel.training.checkpoint import interruptible
 
 OUTPUTS = ("train.jsonl", "dev.jsonl", "corpus.jsonl", "queries.jsonl")
 

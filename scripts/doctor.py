@@ -22,12 +22,11 @@ from typing import Any
 
 import finetune  # beside this file
 
-from bge_accel.checkpoint import interruptible
-from bge_accel.children import run_child
 from bge_accel.config import option, parse_config, to_yaml, user_errors
-from bge_accel.jobs import check_output, say
-from bge_accel.refused_flags import REFUSED
-from bge_accel.row_checks import (
+from bge_accel.data.sources import Source, find_sources, merge_small
+from bge_accel.processes.children import run_child
+from bge_accel.processes.group import check_output, say
+from bge_accel.reports.row_checks import (
     Finding,
     Sample,
     check_held_out,
@@ -37,8 +36,9 @@ from bge_accel.row_checks import (
     check_unknown_tokens,
     read_sample,
 )
-from bge_accel.run_plan import PlannedSource, RunPlan
-from bge_accel.sources import Source, find_sources, merge_small
+from bge_accel.training.checkpoint import interruptible
+from bge_accel.training.plan import PlannedSource, RunPlan
+from bge_accel.training.refused_flags import REFUSED
 
 # Heavy packages are imported inside main().
 
@@ -88,8 +88,15 @@ def main(cfg: Config) -> int:
 
     import torch
 
-    from bge_accel.doctor import as_json, as_text, check_environment, check_settings, free_memory_gb, sort_findings
-    from bge_accel.precision import choose_precision
+    from bge_accel.models.precision import choose_precision
+    from bge_accel.reports.doctor import (
+        as_json,
+        as_text,
+        check_environment,
+        check_settings,
+        free_memory_gb,
+        sort_findings,
+    )
 
     device = torch.device("cpu" if cfg.use_cpu or not torch.cuda.is_available() else "cuda")
     environment, findings = check_environment()
@@ -111,7 +118,7 @@ def main(cfg: Config) -> int:
         findings += named(of_source, feed, feeds)
 
     def held_out() -> None:
-        from bge_accel.validation import read_eval_sets
+        from bge_accel.evaluation.in_training import read_eval_sets
 
         for name, data in read_eval_sets(cfg.eval_data or []).items():
             for feed in feeds:
@@ -259,7 +266,7 @@ def sample_of(cfg: Config, source: Source, limit: int) -> Sample:
     """Rows of the files, or of the beginning of a stream that is not on this machine."""
     if not cfg.streaming or all(os.path.exists(path) for path in source.path):
         return read_sample(source.path, limit, seed=cfg.seed, max_rows_per_file=cfg.max_example_num_per_dataset)
-    from bge_accel.streaming import RowStream
+    from bge_accel.data.streaming import RowStream
 
     stream, sample = RowStream(source.path, seed=cfg.seed, buffer_size=min(limit, cfg.shuffle_buffer_size)), Sample()
     while stream.epochs_done == 0 and sample.num_read < limit:
@@ -271,7 +278,7 @@ def sample_of(cfg: Config, source: Source, limit: int) -> Sample:
 
 def read_model(cfg: Config) -> dict[str, Any]:
     """What the run's model says of itself, its tokenizer and its size."""
-    from bge_accel.model import instruction_prefix, load_encoder, max_positions, read_settings
+    from bge_accel.models.encoder import instruction_prefix, load_encoder, max_positions, read_settings
 
     hub = {key: value for key, value in (("cache_dir", cfg.cache_dir), ("token", cfg.token)) if value is not None}
     own = read_settings(cfg.model_name_or_path, **hub)
@@ -302,7 +309,7 @@ def read_model(cfg: Config) -> dict[str, Any]:
 
 def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Finding], list[float]]:
     """Findings about instructions and lengths, and the tokens that each row brings to a batch."""
-    from bge_accel.model import instruction_prefix
+    from bge_accel.models.encoder import instruction_prefix
 
     settings, own, tokenizer = model["settings"], model["own"], model["tokenizer"]
     of_source = instruction_prefix(feed.source.query_instruction_for_retrieval, cfg.query_instruction_format)
@@ -360,7 +367,7 @@ def measure(
     device: str,
 ) -> "list[Any] | Finding":
     """Some steps of finetune.py itself at two batch sizes, each in a process of its own: a peak never falls."""
-    from bge_accel.doctor import Measured
+    from bge_accel.reports.doctor import Measured
 
     per_row = sum(row_tokens) / len(row_tokens)
     large = max(2, min(math.ceil(PROBE_TOKENS[device][1] / per_row), len(rows)))
@@ -449,7 +456,7 @@ def activation_budget_gb(cfg: Config, device: Any, num_parameters: int, local_pr
     """GB of activations that finetune.py will keep."""
     if cfg.activation_memory_budget is not None:
         return cfg.activation_memory_budget
-    from bge_accel.training import automatic_activation_bytes
+    from bge_accel.training.step import automatic_activation_bytes
 
     return automatic_activation_bytes(device, num_parameters, local_processes) / 1e9
 
@@ -464,7 +471,7 @@ def cost_of(
     world: int,
 ) -> tuple[list[Finding], dict[str, Any]]:
     """Memory, time and the batch to take, and what is wrong with them."""
-    from bge_accel.doctor import fit_memory, largest_step_tokens, propose_batch
+    from bge_accel.reports.doctor import fit_memory, largest_step_tokens, propose_batch
 
     memory, largest = fit_memory(measured, budget_gb), measured[-1]
     batch = round(plan.queries_per_batch / world)

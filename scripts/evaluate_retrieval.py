@@ -36,15 +36,16 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from bge_accel.checkpoint import interruptible
-from bge_accel.comparison import (
+from bge_accel.config import check_model_path, option, parse_config, user_errors
+from bge_accel.data.reading import Faults, installed_version, printable, shorten, shown_name
+from bge_accel.encoding.store import MANIFEST, read_manifest
+from bge_accel.evaluation.comparison import (
     choose_metric,
     compare,
     differences_table,
     moved_text,
 )
-from bge_accel.config import check_model_path, option, parse_config, user_errors
-from bge_accel.evaluation import (
+from bge_accel.evaluation.retrieval import (
     Evaluation,
     choose_cutoffs,
     evaluate_retrieval,
@@ -53,9 +54,12 @@ from bge_accel.evaluation import (
     sample_rankings,
     score_histogram,
 )
-from bge_accel.evaluation_data import EvaluationData, read_evaluation_data
-from bge_accel.evaluation_sources import files_of_beir
-from bge_accel.jobs import (
+from bge_accel.evaluation.set_files import files_of_beir
+from bge_accel.evaluation.sets import EvaluationData, read_evaluation_data
+from bge_accel.evaluation.trec import Rankings, judged_ids, read_run, run_lines
+from bge_accel.files.lock import lock_output
+from bge_accel.models.card import metrics_table, side_by_side_table
+from bge_accel.processes.group import (
     Processes,
     SharedCounters,
     atomic_file,
@@ -67,11 +71,7 @@ from bge_accel.jobs import (
     warn,
     what_is_kept,
 )
-from bge_accel.lock import lock_output
-from bge_accel.reading import Faults, installed_version, printable, shorten, shown_name
-from bge_accel.report import metrics_table, side_by_side_table
-from bge_accel.store import MANIFEST, read_manifest
-from bge_accel.trec import Rankings, judged_ids, read_run, run_lines
+from bge_accel.training.checkpoint import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -323,7 +323,7 @@ def encoders_differ(cfg: Config) -> str:
     """What the encoders do not embed alike by, as far as no flag sets it for all of them; "" where they do."""
     if len(cfg.encoder or []) < 2:
         return ""
-    from bge_accel.model import differing_settings, read_settings
+    from bge_accel.models.encoder import differing_settings, read_settings
 
     hub = {"cache_dir": cfg.cache_dir} if cfg.cache_dir is not None else {}
     longest = max(cfg.max_query_length, cfg.max_passage_length)
@@ -383,8 +383,8 @@ def evaluate_encoder(
     """Loads one of the encoders and measures it; the metrics, and how they were made."""
     import torch
 
-    from bge_accel.encoding import EmbeddingModel
-    from bge_accel.precision import resolve_dtype
+    from bge_accel.encoding.embedding_model import EmbeddingModel
+    from bge_accel.models.precision import resolve_dtype
 
     assert cfg.encoder is not None
     of_all = overrides(cfg)
@@ -482,7 +482,7 @@ def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
         write(cfg.save_ranking, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         written.append(cfg.save_ranking)
     if cfg.report is not None or cfg.figures_dir is not None:
-        from bge_accel.html_report import evaluation_page
+        from bge_accel.reports.html_report import evaluation_page
 
         page = evaluation_page(result)
         if cfg.report is not None:

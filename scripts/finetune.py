@@ -34,23 +34,39 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 
-from bge_accel.checkpoint import BEST, LAST, REQUEUE, SAVED, STATE, StopSignals, find_checkpoints, interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
-from bge_accel.data import Example, RowOrder, balanced_positions, batch_positions, draw_example, expected_tokens
-from bge_accel.jobs import check_folder, from_first, leave_processes, progress
-from bge_accel.lock import LOCK, lock_output, locked
-from bge_accel.reading import decode_json, printable, shorten
-from bge_accel.refused_flags import REFUSED
-from bge_accel.report import inline, license_of, model_card
-from bge_accel.rows import TrainingRows, join_known_positives
-from bge_accel.run_plan import PlannedSource, RunPlan, check_sources, plan_run, repeated_negatives
-from bge_accel.sharding import read_deepspeed_config
-from bge_accel.sources import YAML, SourceSchedule, find_sources, merge_small
-from bge_accel.validation import Best, read_eval_sets
+from bge_accel.data.examples import (
+    Example,
+    RowOrder,
+    balanced_positions,
+    batch_positions,
+    draw_example,
+    expected_tokens,
+)
+from bge_accel.data.reading import decode_json, printable, shorten
+from bge_accel.data.rows import TrainingRows, join_known_positives
+from bge_accel.data.sources import YAML, SourceSchedule, find_sources, merge_small
+from bge_accel.evaluation.in_training import Best, read_eval_sets
+from bge_accel.files.lock import LOCK, lock_output, locked
+from bge_accel.models.card import inline, license_of, model_card
+from bge_accel.processes.group import check_folder, from_first, leave_processes, progress
+from bge_accel.training.checkpoint import (
+    BEST,
+    LAST,
+    REQUEUE,
+    SAVED,
+    STATE,
+    StopSignals,
+    find_checkpoints,
+    interruptible,
+)
+from bge_accel.training.plan import PlannedSource, RunPlan, check_sources, plan_run, repeated_negatives
+from bge_accel.training.refused_flags import REFUSED
+from bge_accel.training.sharding import read_deepspeed_config
 
 if TYPE_CHECKING:
-    from bge_accel.batching import TokenBatch
-    from bge_accel.streaming import RowStream
+    from bge_accel.data.streaming import RowStream
+    from bge_accel.encoding.batching import TokenBatch
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -444,7 +460,7 @@ def settings_of_sources(cfg: Config) -> dict[str, Any]:
 
 def other_prefixes(cfg: Config, feeds: Sequence[Feed]) -> dict[str, dict[str, str]]:
     """What sources and rows put before queries and passages in place of the run's instructions, and which row does."""
-    from bge_accel.model import instruction_prefix
+    from bge_accel.models.encoder import instruction_prefix
 
     found: dict[str, dict[str, str]] = {}
     for kind, format in (("query", cfg.query_instruction_format), ("passage", cfg.passage_instruction_format)):
@@ -502,8 +518,24 @@ def main(cfg: Config) -> int:
     from tqdm import tqdm
     from transformers import get_scheduler
 
-    from bge_accel.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
-    from bge_accel.checkpoint import (
+    from bge_accel.encoding.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
+    from bge_accel.encoding.embedding_model import prefetch
+    from bge_accel.encoding.transfer import to_device, to_host
+    from bge_accel.evaluation.in_training import EncodingSettings, evaluate_in_training
+    from bge_accel.kernels.cpu_attention import use_cpu_attention
+    from bge_accel.kernels.dropout import use_cpu_dropout
+    from bge_accel.kernels.in_place_gradients import add_gradients_in_place
+    from bge_accel.kernels.packed import check_dropout, check_kernel, use_kernel, why_not
+    from bge_accel.models.encoder import (
+        check_prefix,
+        compile_layers,
+        instruction_prefix,
+        load_encoder,
+        save_encoder,
+    )
+    from bge_accel.models.flops import flops_per_token
+    from bge_accel.models.precision import choose_precision
+    from bge_accel.training.checkpoint import (
         atomic_folder,
         check_room,
         choose_checkpoint,
@@ -526,27 +558,16 @@ def main(cfg: Config) -> int:
         write_manifest,
         write_state,
     )
-    from bge_accel.cpu_attention import use_cpu_attention
-    from bge_accel.cpu_dropout import use_cpu_dropout
-    from bge_accel.distributed import gather, gather_uneven, gather_with_grad, largest
-    from bge_accel.encoding import prefetch
-    from bge_accel.flops import flops_per_token
-    from bge_accel.half_precision import Bf16Copy
-    from bge_accel.in_place_gradients import add_gradients_in_place
-    from bge_accel.losses import contrastive_loss, known_positive_pairs, known_to_any
-    from bge_accel.model import (
-        check_prefix,
-        compile_layers,
-        instruction_prefix,
-        load_encoder,
-        save_encoder,
+    from bge_accel.training.gather import gather, gather_uneven, gather_with_grad, largest
+    from bge_accel.training.half_precision import Bf16Copy
+    from bge_accel.training.losses import contrastive_loss, known_positive_pairs, known_to_any
+    from bge_accel.training.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
+    from bge_accel.training.step import (
+        ActivationBudget,
+        automatic_activation_bytes,
+        embed_and_backward,
+        keep_freed_memory,
     )
-    from bge_accel.precision import choose_precision
-    from bge_accel.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
-    from bge_accel.training import ActivationBudget, automatic_activation_bytes, embed_and_backward, keep_freed_memory
-    from bge_accel.transfer import to_device, to_host
-    from bge_accel.unpadded import check_dropout, check_kernel, use_kernel, why_not
-    from bge_accel.validation import EncodingSettings, evaluate_in_training
 
     # ---- accelerator
     on_cpu = cfg.use_cpu or not torch.cuda.is_available()
@@ -679,7 +700,7 @@ def main(cfg: Config) -> int:
 
     # ---- streams; what local rows there are is known already
     if cfg.streaming:
-        from bge_accel.streaming import RowStream
+        from bge_accel.data.streaming import RowStream
 
         states = None
         if resumed is not None and not differences(resumed["position"], position):
@@ -1390,7 +1411,7 @@ class Window:
     def add(self, output: Any, num_masked: int, batch: Batch) -> None:
         import torch
 
-        from bge_accel.transfer import to_device
+        from bge_accel.encoding.transfer import to_device
 
         tokens, num_queries = batch.tokens, len(batch.examples)
         if len(self.of_sources) > 1:
@@ -1411,7 +1432,7 @@ class Window:
         """
         import torch
 
-        from bge_accel.flops import peak_flops
+        from bge_accel.models.flops import peak_flops
 
         counts = torch.tensor(self.counts, dtype=torch.float32, device=accelerator.device)
         local = torch.cat([counts, self.sums, self.of_sources.flatten()])

@@ -31,10 +31,27 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bge_accel.candidates import TextPool, read_pool_texts, text_key, write_pool
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.jobs import (
+from bge_accel.data.reading import Faults, find_files, read_rows, shorten, text_id
+from bge_accel.data.rows import TrainingRows
+from bge_accel.encoding.reranker import SHORTEST_PAIR
+from bge_accel.encoding.store import MANIFEST, EmbeddingStore, missing_shards, prepare_store, read_manifest
+from bge_accel.files.lock import lock_output, locked
+from bge_accel.mining.choice import (
+    DROPS,
+    Choice,
+    Mined,
+    QueryGroups,
+    Ranking,
+    Target,
+    choose_negatives,
+    parse_range,
+    plot_histogram,
+    rank_targets,
+    text_histogram,
+)
+from bge_accel.mining.pool import TextPool, read_pool_texts, text_key, write_pool
+from bge_accel.processes.group import (
     Processes,
     SharedCounters,
     atomic_file,
@@ -53,24 +70,7 @@ from bge_accel.jobs import (
     what_is_kept,
     write_part,
 )
-from bge_accel.lock import lock_output, locked
-from bge_accel.mining import (
-    DROPS,
-    Choice,
-    Mined,
-    QueryGroups,
-    Ranking,
-    Target,
-    choose_negatives,
-    parse_range,
-    plot_histogram,
-    rank_targets,
-    text_histogram,
-)
-from bge_accel.reading import Faults, find_files, read_rows, shorten, text_id
-from bge_accel.reranking import SHORTEST_PAIR
-from bge_accel.rows import TrainingRows
-from bge_accel.store import MANIFEST, EmbeddingStore, missing_shards, prepare_store, read_manifest
+from bge_accel.training.checkpoint import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -264,11 +264,11 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding import EmbeddingModel, tokenizer_digest, weights_digest
-    from bge_accel.model import check_prefix, instruction_prefix
-    from bge_accel.precision import default_device, resolve_dtype
-    from bge_accel.reranking import Reranker
-    from bge_accel.search import build_index, check_index_factory, search
+    from bge_accel.encoding.embedding_model import EmbeddingModel, tokenizer_digest, weights_digest
+    from bge_accel.encoding.reranker import Reranker
+    from bge_accel.evaluation.search import build_index, check_index_factory, search
+    from bge_accel.models.encoder import check_prefix, instruction_prefix
+    from bge_accel.models.precision import default_device, resolve_dtype
 
     # ---- models
     try:
@@ -463,7 +463,7 @@ def embed_pool(
 
     A shard is encoded alike by any process, so the embeddings do not depend on how many there are.
     """
-    from bge_accel.encoding import encode_to_store
+    from bge_accel.encoding.embedding_model import encode_to_store
 
     with ExitStack() as alone:
 

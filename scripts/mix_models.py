@@ -33,12 +33,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
-from bge_accel.evaluation_sources import files_of_beir
-from bge_accel.jobs import check_output, say
-from bge_accel.lock import lock_output
-from bge_accel.reading import Faults, find_files, printable
+from bge_accel.data.reading import Faults, find_files, printable
+from bge_accel.evaluation.set_files import files_of_beir
+from bge_accel.files.lock import lock_output
+from bge_accel.processes.group import check_output, say
+from bge_accel.training.checkpoint import interruptible
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -186,7 +186,13 @@ def main(cfg: Config) -> None:
     with user_errors():
         way = check(cfg)
 
-    from bge_accel.merging import check_complete, check_output_folder, check_weights, last_checkpoints, merge_models
+    from bge_accel.merging.merge import (
+        check_complete,
+        check_output_folder,
+        check_weights,
+        last_checkpoints,
+        merge_models,
+    )
 
     try:
         with user_errors():
@@ -231,7 +237,7 @@ def main(cfg: Config) -> None:
 
 def weigh_by_examples(cfg: Config, models: list[str]) -> tuple[list[float], dict[str, Any]]:
     """Weights by each model's loss on the examples, and what the recipe says of them."""
-    from bge_accel.merge_weights import check_examples, example_losses, read_examples, weights_from_losses
+    from bge_accel.merging.weights import check_examples, example_losses, read_examples, weights_from_losses
 
     examples = read_examples(cfg.example_data or [], cfg.model_type)
     check_examples(examples, cfg.model_type)
@@ -256,7 +262,7 @@ def weigh_by_examples(cfg: Config, models: list[str]) -> tuple[list[float], dict
 
 def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[str, Any]]:
     """Weights of the best mix of two models, and what the recipe says of the search."""
-    from bge_accel.merge_weights import MixScore, choose_mix, plot_mixes, search_mixes
+    from bge_accel.merging.weights import MixScore, choose_mix, plot_mixes, search_mixes
 
     dev, guard = scorer(cfg, "dev"), scorer(cfg, "guard")
     assert dev is not None
@@ -295,9 +301,9 @@ def search_weights(cfg: Config, models: list[str]) -> tuple[list[float], dict[st
 
 def scorer(cfg: Config, kind: Literal["dev", "guard"]) -> Callable[[str], float] | None:
     """From a model's folder to its score on the dev or the guard set, higher is better; None where there is no set."""
-    from bge_accel.encoding import EmbeddingModel
-    from bge_accel.evaluation_data import read_evaluation_data
-    from bge_accel.merge_weights import (
+    from bge_accel.encoding.embedding_model import EmbeddingModel
+    from bge_accel.evaluation.sets import read_evaluation_data
+    from bge_accel.merging.weights import (
         check_examples,
         example_losses,
         examples_to_retrieve,

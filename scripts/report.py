@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.reading import Faults, check_training_row, find_files, load_json, load_yaml, read_rows, shorten
-from bge_accel.sources import YAML
+from bge_accel.data.reading import Faults, check_training_row, find_files, load_json, load_yaml, read_rows, shorten
+from bge_accel.data.sources import YAML
+from bge_accel.training.checkpoint import interruptible
 
 
 @dataclass(kw_only=True)
@@ -65,7 +65,7 @@ def read_samples(settings: dict[str, Any], limit: int = 6) -> list[dict[str, Any
 
 def read_result(path: str) -> dict[str, Any]:
     """What an evaluation wrote; ValueError where it is something else."""
-    from bge_accel.html_report import results_page
+    from bge_accel.reports.html_report import results_page
 
     result = load_json(path)
     try:
@@ -78,8 +78,8 @@ def read_result(path: str) -> dict[str, Any]:
 
 def main(cfg: Config) -> None:
     with user_errors():
-        from bge_accel.jobs import atomic_file, check_folder, check_output, say
-        from bge_accel.lock import lock_output
+        from bge_accel.files.lock import lock_output
+        from bge_accel.processes.group import atomic_file, check_folder, check_output, say
 
         if cfg.run is None and not cfg.metrics:
             raise ValueError("there is nothing to report: give --run, --metrics or both")
@@ -93,7 +93,7 @@ def main(cfg: Config) -> None:
         lock_output(cfg.output_file, is_folder=False)
         results = {path: read_result(path) for path in cfg.metrics or []}
 
-        from bge_accel.html_report import results_page, training_page
+        from bge_accel.reports.html_report import results_page, training_page
 
         if cfg.run is not None:
             name = os.path.basename(os.path.abspath(cfg.run))

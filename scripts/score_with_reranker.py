@@ -19,9 +19,13 @@ from dataclasses import MISSING, asdict, dataclass
 
 import numpy as np
 
-from bge_accel.checkpoint import interruptible
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.jobs import (
+from bge_accel.data.reading import Faults, find_files, read_rows, text_id
+from bge_accel.data.rows import TrainingRows
+from bge_accel.encoding.reranker import SHORTEST_PAIR
+from bge_accel.files.lock import lock_output
+from bge_accel.mining.choice import text_histogram
+from bge_accel.processes.group import (
     Processes,
     atomic_file,
     check_json,
@@ -38,11 +42,7 @@ from bge_accel.jobs import (
     what_is_kept,
     write_part,
 )
-from bge_accel.lock import lock_output
-from bge_accel.mining import text_histogram
-from bge_accel.reading import Faults, find_files, read_rows, text_id
-from bge_accel.reranking import SHORTEST_PAIR
-from bge_accel.rows import TrainingRows
+from bge_accel.training.checkpoint import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -123,10 +123,10 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding import tokenizer_digest, weights_digest
-    from bge_accel.model import instruction_prefix
-    from bge_accel.precision import default_device, resolve_dtype
-    from bge_accel.reranking import Reranker
+    from bge_accel.encoding.embedding_model import tokenizer_digest, weights_digest
+    from bge_accel.encoding.reranker import Reranker
+    from bge_accel.models.encoder import instruction_prefix
+    from bge_accel.models.precision import default_device, resolve_dtype
 
     # ---- model
     with user_errors():

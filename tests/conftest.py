@@ -94,7 +94,7 @@ def real_model() -> str:
 @pytest.fixture(autouse=True, scope="session")
 def precision_of_every_machine() -> Iterator[None]:
     """In the tests' own process "auto" is float32, whatever this CPU is fast in."""
-    from bge_accel import precision
+    from bge_accel.models import precision
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(precision, "cpu_is_faster_in_bf16", lambda: False)

@@ -15,8 +15,8 @@ import pytest
 from conftest import REPO, Run
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
-from bge_accel.reading import load_yaml
-from bge_accel.refused_flags import REFUSED
+from bge_accel.data.reading import load_yaml
+from bge_accel.training.refused_flags import REFUSED
 
 FINETUNE = REPO / "scripts" / "finetune.py"
 NEEDED = ["--train_data", "a.jsonl", "--output_dir", "out"]

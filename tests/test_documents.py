@@ -482,7 +482,7 @@ def is_run(command: Command) -> bool:
 @pytest.fixture(scope="module")
 def base_model(tmp_path_factory: pytest.TempPathFactory, tiny_model: str) -> str:
     """The tiny model in a folder that says how it pools, as models of the hub do."""
-    from bge_accel.model import load_encoder, save_encoder
+    from bge_accel.models.encoder import load_encoder, save_encoder
 
     folder = str(tmp_path_factory.mktemp("models") / "base")
     save_encoder(folder, *load_encoder(tiny_model))

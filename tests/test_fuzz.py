@@ -26,8 +26,21 @@ from backports import zstd
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from bge_accel.candidates import read_pool_texts
-from bge_accel.checkpoint import (
+from bge_accel.config import option, parse_config
+from bge_accel.data.reading import Faults, check_training_row, load_json, read_front_matter, read_rows
+from bge_accel.data.rows import TrainingRows
+from bge_accel.data.sources import read_sources
+from bge_accel.data.streaming import RowStream
+from bge_accel.encoding.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
+from bge_accel.evaluation.search import load_index
+from bge_accel.evaluation.sets import read_corpus, read_evaluation_data, read_qrels, read_queries
+from bge_accel.evaluation.trec import read_run
+from bge_accel.merging.plan import MergeModel, check_models, module_folders, read_json
+from bge_accel.mining.pool import read_pool_texts
+from bge_accel.models.card import license_of
+from bge_accel.models.encoder import read_settings
+from bge_accel.models.tensor_files import INDEX, SINGLE, Layout, TensorFiles, write_safetensors
+from bge_accel.training.checkpoint import (
     STATE,
     read_optimizer,
     read_run_state,
@@ -35,20 +48,7 @@ from bge_accel.checkpoint import (
     what_is_damaged,
     write_manifest,
 )
-from bge_accel.config import option, parse_config
-from bge_accel.evaluation_data import read_corpus, read_evaluation_data, read_qrels, read_queries
-from bge_accel.merge_plan import MergeModel, check_models, module_folders, read_json
-from bge_accel.model import read_settings
-from bge_accel.reading import Faults, check_training_row, load_json, read_front_matter, read_rows
-from bge_accel.report import license_of
-from bge_accel.rows import TrainingRows
-from bge_accel.search import load_index
-from bge_accel.sharding import read_deepspeed_config
-from bge_accel.sources import read_sources
-from bge_accel.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
-from bge_accel.streaming import RowStream
-from bge_accel.tensor_files import INDEX, SINGLE, Layout, TensorFiles, write_safetensors
-from bge_accel.trec import read_run
+from bge_accel.training.sharding import read_deepspeed_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 import report

@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_library_and_nothing_else(wheel: Path) -> None:
 
 def test_the_wheel_works_from_another_folder(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    code = "import bge_accel, bge_accel.losses as l; print(bge_accel.__version__, bge_accel.__file__)"
+    code = "import bge_accel, bge_accel.training.losses as l; print(bge_accel.__version__, bge_accel.__file__)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, check=True

@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from bge_accel.checkpoint import MANIFEST, STATE, what_is_damaged
 from bge_accel.config import option, parse_config
-from bge_accel.evaluation_data import read_qrels
-from bge_accel.merge_plan import module_folders
-from bge_accel.reading import Faults, find_files, load_yaml, printable, read_rows, shorten
-from bge_accel.sources import read_sources
-from bge_accel.store import Manifest, prepare_store, read_manifest
-from bge_accel.tensor_files import BIN, INDEX, SINGLE, TensorFiles
+from bge_accel.data.reading import Faults, find_files, load_yaml, printable, read_rows, shorten
+from bge_accel.data.sources import read_sources
+from bge_accel.encoding.store import Manifest, prepare_store, read_manifest
+from bge_accel.evaluation.sets import read_qrels
+from bge_accel.merging.plan import module_folders
+from bge_accel.models.tensor_files import BIN, INDEX, SINGLE, TensorFiles
+from bge_accel.training.checkpoint import MANIFEST, STATE, what_is_damaged
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*REPO.glob("bge_accel/**/*.py"), *REPO.glob("scripts/*.py")])
@@ -169,8 +169,8 @@ def test_a_line_of_separators_is_no_judgement(tmp_path):
 
 
 def test_lines_and_arrays_have_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("bge_accel.reading.LONGEST_LINE", 1000)
-    monkeypatch.setattr("bge_accel.reading.LARGEST_ARRAY", 1000)
+    monkeypatch.setattr("bge_accel.data.reading.LONGEST_LINE", 1000)
+    monkeypatch.setattr("bge_accel.data.reading.LARGEST_ARRAY", 1000)
     for name, raw, what in (
         ("a.jsonl", b"x" * 5000, "longer than"),
         ("a.json", b"[" + b" " * 2**21, "one JSON array of"),

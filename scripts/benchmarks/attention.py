@@ -1,4 +1,4 @@
-"""Attention in training on a CPU: torch's own in float32 and in bfloat16, and ours (bge_accel/cpu_attention.py).
+"""Attention in training on a CPU: torch's own in float32 and in bfloat16, and ours (bge_accel/kernels/cpu_attention.py).
 
     python scripts/benchmarks/attention.py
     python scripts/benchmarks/attention.py --num_heads 12 --head_dim 64 --lengths 32 512
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from bge_accel.config import option, parse_config
-from bge_accel.cpu_attention import attend
+from bge_accel.kernels.cpu_attention import attend
 
 
 @dataclass(kw_only=True)

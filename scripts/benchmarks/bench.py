@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.jobs import atomic_file
+from bge_accel.processes.group import atomic_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"FlagEmbedding": "FlagEmbedding", "sentence-transformers": "sentence-transformers", "FAISS": "faiss-cpu"}
@@ -172,7 +172,7 @@ def measure_limit(name: str, model: str, device: str) -> float:
     """`name` is "step" or "matmul", and a precision."""
     import torch
 
-    from bge_accel.flops import matmul_rate
+    from bge_accel.models.flops import matmul_rate
 
     kind, precision = name.split()
     if kind == "step":

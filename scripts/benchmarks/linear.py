@@ -1,4 +1,4 @@
-"""Products of a linear layer in float32 on a CPU, forward and of the gradient: torch's (MKL) and ours (bge_accel/onednn.py).
+"""Products of a linear layer in float32 on a CPU, forward and of the gradient: torch's (MKL) and ours (bge_accel/kernels/onednn.py).
 
     python scripts/benchmarks/linear.py
 
@@ -13,8 +13,8 @@ from statistics import median
 
 import torch
 
-from bge_accel import onednn
 from bge_accel.config import option, parse_config
+from bge_accel.kernels import onednn
 
 
 @dataclass(kw_only=True)

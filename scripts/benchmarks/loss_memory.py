@@ -23,7 +23,7 @@ def main(cfg: Config) -> None:
     import torch
     import torch.nn.functional as F
 
-    from bge_accel.losses import contrastive_loss
+    from bge_accel.training.losses import contrastive_loss
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     q_emb = F.normalize(torch.randn(cfg.queries, cfg.dim, device=device), dim=-1).requires_grad_()

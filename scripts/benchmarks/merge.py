@@ -45,7 +45,7 @@ def write_models(cfg: Config, folder: str) -> list[str]:
     import torch
     from transformers import BertConfig, BertModel
 
-    from bge_accel.tensor_files import Layout, write_safetensors
+    from bge_accel.models.tensor_files import Layout, write_safetensors
 
     dtype = getattr(torch, cfg.dtype)
     config = BertConfig(vocab_size=30522, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
@@ -96,7 +96,7 @@ def measure(tool: str, models: list[str], output: str) -> dict[str, float]:
     """Seconds of one merge after its imports, and the most memory that this process has held."""
     weights = [1 / len(models)] * len(models)
     if tool == "bge_accel":
-        from bge_accel.merging import merge_models
+        from bge_accel.merging.merge import merge_models
     elif tool == "LM_Cocktail":
         import LM_Cocktail
     elif tool == "mergekit":

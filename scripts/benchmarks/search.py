@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 
 from bge_accel.config import option, parse_config
-from bge_accel.search import build_index, search
-from bge_accel.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
+from bge_accel.encoding.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
+from bge_accel.evaluation.search import build_index, search
 
 
 @dataclass(kw_only=True)
@@ -85,7 +85,7 @@ def faiss_index(vectors: np.ndarray) -> Any:
 def main(cfg: Config) -> None:
     import torch
 
-    from bge_accel.flops import matmul_rate
+    from bge_accel.models.flops import matmul_rate
 
     with tempfile.TemporaryDirectory() as temporary:
         store = write_store(cfg, os.path.join(cfg.folder or temporary, "store"))

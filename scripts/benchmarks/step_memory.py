@@ -30,10 +30,10 @@ class Config:
 def measure(cfg: Config, size: int) -> dict:
     import torch
 
-    from bge_accel.batching import default_token_budget, make_token_batch
-    from bge_accel.losses import contrastive_loss
-    from bge_accel.model import load_encoder
-    from bge_accel.training import ActivationBudget, embed_and_backward
+    from bge_accel.encoding.batching import default_token_budget, make_token_batch
+    from bge_accel.models.encoder import load_encoder
+    from bge_accel.training.losses import contrastive_loss
+    from bge_accel.training.step import ActivationBudget, embed_and_backward
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder, tokenizer, _ = load_encoder(cfg.model_name_or_path)

@@ -154,7 +154,7 @@ def encode(job: dict) -> list[Sample]:
     precision, length = job["precision"], job["max_length"]
     work: Any
     if job["tool"] == "bge_accel":
-        from bge_accel.encoding import EmbeddingModel
+        from bge_accel.encoding.embedding_model import EmbeddingModel
 
         dtype = {"fp32": "float32", "bf16": "bfloat16", "default": None}[precision]
         ours = EmbeddingModel(job["model_name_or_path"], **({"dtype": dtype} if dtype else {}))
@@ -262,7 +262,7 @@ def loss(job: dict) -> list[Sample]:
     )
     start = time.perf_counter()
     if job["tool"] == "bge_accel":
-        from bge_accel.losses import contrastive_loss
+        from bge_accel.training.losses import contrastive_loss
 
         value = contrastive_loss(queries, passages, temperature=0.05, group_size=job["train_group_size"]).loss
     else:
@@ -281,8 +281,8 @@ def search(job: dict) -> list[Sample]:
         rng.standard_normal((count, job["dim"]), dtype=np.float32) for count in (job["queries"], job["passages"])
     )
     if job["tool"] == "bge_accel":
-        from bge_accel.search import build_index
-        from bge_accel.search import search as search_index
+        from bge_accel.evaluation.search import build_index
+        from bge_accel.evaluation.search import search as search_index
 
         search_index(build_index(p_emb[:1000]), q_emb[:10], 10)
         start = time.perf_counter()
@@ -304,7 +304,7 @@ def merge(job: dict) -> list[Sample]:
 
     models, output = job["models"], job["output_dir"]
     if job["tool"] == "bge_accel":
-        from bge_accel.merging import merge_models
+        from bge_accel.merging.merge import merge_models
 
         start = time.perf_counter()
         merge_models(models, "encoder", [0.5, 0.5], output)
