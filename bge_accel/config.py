@@ -16,7 +16,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
-from bge_accel.data.reading import load_yaml, near_path, printable
+from bge_accel.files.parsing import load_yaml
+from bge_accel.files.text import near_path, printable
 
 T = TypeVar("T")
 SECRETS = ("--token",)

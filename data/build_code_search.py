@@ -27,8 +27,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from bge_accel.config import user_errors
-from bge_accel.processes.group import check_replaced_folder, say, write_folder
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.atomic import write_folder
+from bge_accel.files.outputs import check_replaced_folder
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 
 NUM_TEST = 600  # (query, passage) pairs to hold out, about
 FILES = ("train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md")

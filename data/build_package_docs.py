@@ -17,8 +17,10 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from bge_accel.config import user_errors
-from bge_accel.processes.group import check_replaced_folder, say, write_folder
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.atomic import write_folder
+from bge_accel.files.outputs import check_replaced_folder
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 MIN_WORDS, MAX_WORDS = 25, 200  # of a passage; longer ones are cut

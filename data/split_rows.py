@@ -17,10 +17,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.data.reading import Faults, check_training_row, find_files, read_rows
+from bge_accel.data.reading import check_training_row, read_rows
+from bge_accel.files.atomic import atomic_file
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.outputs import check_folder, check_output
 from bge_accel.mining.pool import normalise_text
-from bge_accel.processes.group import atomic_file, check_folder, check_output, say
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 
 OUTPUTS = ("train.jsonl", "dev.jsonl", "corpus.jsonl", "queries.jsonl")
 

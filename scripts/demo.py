@@ -20,11 +20,12 @@ import time
 from dataclasses import dataclass
 
 from bge_accel.config import check_model_path, option, parse_config, user_errors
+from bge_accel.evaluation.tables import moved_into_top, side_by_side_table
 from bge_accel.files.lock import lock_output
-from bge_accel.models.card import moved_into_top, side_by_side_table
+from bge_accel.files.outputs import check_folder
 from bge_accel.processes.children import run_child
-from bge_accel.processes.group import check_folder, say
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 
 SCRIPTS = os.path.dirname(os.path.abspath(__file__))
 DATA = os.path.join(SCRIPTS, os.pardir, "data")

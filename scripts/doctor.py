@@ -24,8 +24,10 @@ import finetune  # beside this file
 
 from bge_accel.config import option, parse_config, to_yaml, user_errors
 from bge_accel.data.sources import Source, find_sources, merge_small
+from bge_accel.files.outputs import check_output
 from bge_accel.processes.children import run_child
-from bge_accel.processes.group import check_output, say
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 from bge_accel.reports.row_checks import (
     Finding,
     Sample,
@@ -36,7 +38,6 @@ from bge_accel.reports.row_checks import (
     check_unknown_tokens,
     read_sample,
 )
-from bge_accel.training.checkpoint import interruptible
 from bge_accel.training.plan import PlannedSource, RunPlan
 from bge_accel.training.refused_flags import REFUSED
 
@@ -278,7 +279,9 @@ def sample_of(cfg: Config, source: Source, limit: int) -> Sample:
 
 def read_model(cfg: Config) -> dict[str, Any]:
     """What the run's model says of itself, its tokenizer and its size."""
-    from bge_accel.models.encoder import instruction_prefix, load_encoder, max_positions, read_settings
+    from bge_accel.models.encoder import load_encoder
+    from bge_accel.models.loading import max_positions
+    from bge_accel.models.settings import instruction_prefix, read_settings
 
     hub = {key: value for key, value in (("cache_dir", cfg.cache_dir), ("token", cfg.token)) if value is not None}
     own = read_settings(cfg.model_name_or_path, **hub)
@@ -309,7 +312,7 @@ def read_model(cfg: Config) -> dict[str, Any]:
 
 def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Finding], list[float]]:
     """Findings about instructions and lengths, and the tokens that each row brings to a batch."""
-    from bge_accel.models.encoder import instruction_prefix
+    from bge_accel.models.settings import instruction_prefix
 
     settings, own, tokenizer = model["settings"], model["own"], model["tokenizer"]
     of_source = instruction_prefix(feed.source.query_instruction_for_retrieval, cfg.query_instruction_format)

@@ -23,23 +23,16 @@ from itertools import islice
 from typing import Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
-from bge_accel.data.reading import Faults
 from bge_accel.encoding.store import MANIFEST, EmbeddingStore, Manifest, digest_texts, prepare_store
 from bge_accel.evaluation.set_files import files_of_beir
 from bge_accel.evaluation.sets import corpus_rows, query_rows
+from bge_accel.files.faults import Faults
 from bge_accel.files.lock import lock_output
-from bge_accel.processes.group import (
-    SharedCounters,
-    check_folder,
-    check_output,
-    from_first,
-    leave_processes,
-    progress,
-    say,
-    warn,
-    what_is_kept,
-)
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.outputs import check_folder, check_output
+from bge_accel.files.parts import what_is_kept
+from bge_accel.processes.group import SharedCounters, from_first, leave_processes
+from bge_accel.processes.progress import progress, say, warn
+from bge_accel.processes.signals import interruptible
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 
@@ -142,8 +135,11 @@ def main(cfg: Config) -> None:
     from accelerate import PartialState
     from accelerate.utils import gather_object
 
-    from bge_accel.encoding.embedding_model import EmbeddingModel, EncodingCounts, encode_to_store, line_for_all_gpus
-    from bge_accel.models.precision import cpu_has_bf16, cpu_is_faster_in_bf16
+    from bge_accel.encoding.embedding_model import EmbeddingModel, line_for_all_gpus
+    from bge_accel.encoding.pipeline import EncodingCounts
+    from bge_accel.encoding.storing import encode_to_store
+    from bge_accel.kernels.onednn import cpu_has_bf16
+    from bge_accel.models.precision import cpu_is_faster_in_bf16
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()

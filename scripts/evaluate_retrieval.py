@@ -37,7 +37,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from bge_accel.config import check_model_path, option, parse_config, user_errors
-from bge_accel.data.reading import Faults, installed_version, printable, shorten, shown_name
 from bge_accel.encoding.store import MANIFEST, read_manifest
 from bge_accel.evaluation.comparison import (
     choose_metric,
@@ -56,22 +55,17 @@ from bge_accel.evaluation.retrieval import (
 )
 from bge_accel.evaluation.set_files import files_of_beir
 from bge_accel.evaluation.sets import EvaluationData, read_evaluation_data
+from bge_accel.evaluation.tables import metrics_table, side_by_side_table
 from bge_accel.evaluation.trec import Rankings, judged_ids, read_run, run_lines
+from bge_accel.files.atomic import atomic_file
+from bge_accel.files.faults import Faults
 from bge_accel.files.lock import lock_output
-from bge_accel.models.card import metrics_table, side_by_side_table
-from bge_accel.processes.group import (
-    Processes,
-    SharedCounters,
-    atomic_file,
-    check_folder,
-    check_output,
-    gather,
-    leave_processes,
-    say,
-    warn,
-    what_is_kept,
-)
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.outputs import check_folder, check_output
+from bge_accel.files.parts import what_is_kept
+from bge_accel.files.text import installed_version, printable, shorten, shown_name
+from bge_accel.processes.group import Processes, SharedCounters, gather, leave_processes
+from bge_accel.processes.progress import say, warn
+from bge_accel.processes.signals import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -323,7 +317,7 @@ def encoders_differ(cfg: Config) -> str:
     """What the encoders do not embed alike by, as far as no flag sets it for all of them; "" where they do."""
     if len(cfg.encoder or []) < 2:
         return ""
-    from bge_accel.models.encoder import differing_settings, read_settings
+    from bge_accel.models.settings import differing_settings, read_settings
 
     hub = {"cache_dir": cfg.cache_dir} if cfg.cache_dir is not None else {}
     longest = max(cfg.max_query_length, cfg.max_passage_length)

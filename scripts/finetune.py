@@ -43,25 +43,22 @@ from bge_accel.data.examples import (
     draw_example,
     expected_tokens,
 )
-from bge_accel.data.reading import decode_json, printable, shorten
 from bge_accel.data.rows import TrainingRows, join_known_positives
 from bge_accel.data.sources import YAML, SourceSchedule, find_sources, merge_small
 from bge_accel.evaluation.in_training import Best, read_eval_sets
 from bge_accel.files.lock import LOCK, lock_output, locked
+from bge_accel.files.outputs import check_folder
+from bge_accel.files.parsing import decode_json
+from bge_accel.files.text import printable, shorten
 from bge_accel.models.card import inline, license_of, model_card
-from bge_accel.processes.group import check_folder, from_first, leave_processes, progress
-from bge_accel.training.checkpoint import (
-    BEST,
-    LAST,
-    REQUEUE,
-    SAVED,
-    STATE,
-    StopSignals,
-    find_checkpoints,
-    interruptible,
-)
+from bge_accel.processes.group import from_first, leave_processes
+from bge_accel.processes.progress import progress
+from bge_accel.processes.signals import StopSignals, interruptible
+from bge_accel.training.checkpoint import REQUEUE, find_checkpoints
+from bge_accel.training.manifest import STATE
 from bge_accel.training.plan import PlannedSource, RunPlan, check_sources, plan_run, repeated_negatives
 from bge_accel.training.refused_flags import REFUSED
+from bge_accel.training.saved_model import BEST, LAST, SAVED
 from bge_accel.training.sharding import read_deepspeed_config
 
 if TYPE_CHECKING:
@@ -460,7 +457,7 @@ def settings_of_sources(cfg: Config) -> dict[str, Any]:
 
 def other_prefixes(cfg: Config, feeds: Sequence[Feed]) -> dict[str, dict[str, str]]:
     """What sources and rows put before queries and passages in place of the run's instructions, and which row does."""
-    from bge_accel.models.encoder import instruction_prefix
+    from bge_accel.models.settings import instruction_prefix
 
     found: dict[str, dict[str, str]] = {}
     for kind, format in (("query", cfg.query_instruction_format), ("passage", cfg.passage_instruction_format)):
@@ -518,49 +515,41 @@ def main(cfg: Config) -> int:
     from tqdm import tqdm
     from transformers import get_scheduler
 
-    from bge_accel.encoding.batching import default_token_budget, make_token_batch, split_micro_batches, tokenize
-    from bge_accel.encoding.embedding_model import prefetch
+    from bge_accel.encoding.batching import default_token_budget, make_token_batch, split_micro_batches
+    from bge_accel.encoding.pipeline import prefetch
     from bge_accel.encoding.transfer import to_device, to_host
     from bge_accel.evaluation.in_training import EncodingSettings, evaluate_in_training
+    from bge_accel.files.atomic import atomic_folder, check_room, move_into, remove_checkpoint
+    from bge_accel.files.changes import differences
     from bge_accel.kernels.cpu_attention import use_cpu_attention
     from bge_accel.kernels.dropout import use_cpu_dropout
     from bge_accel.kernels.in_place_gradients import add_gradients_in_place
     from bge_accel.kernels.packed import check_dropout, check_kernel, use_kernel, why_not
-    from bge_accel.models.encoder import (
-        check_prefix,
-        compile_layers,
-        instruction_prefix,
-        load_encoder,
-        save_encoder,
-    )
+    from bge_accel.models.compiling import compile_layers
+    from bge_accel.models.encoder import load_encoder, save_encoder
     from bge_accel.models.flops import flops_per_token
+    from bge_accel.models.loading import check_prefix
     from bge_accel.models.precision import choose_precision
+    from bge_accel.models.settings import instruction_prefix
+    from bge_accel.models.tokenizing import tokenize
     from bge_accel.training.checkpoint import (
-        atomic_folder,
-        check_room,
         choose_checkpoint,
-        differences,
-        is_complete,
-        keep_best,
         load_optimizer_tensors,
-        move_into,
-        note_complete,
-        note_saved,
         optimizer_tensors,
         random_state,
         read_optimizer,
         read_run_state,
-        remove_checkpoint,
         remove_leftovers,
         room_for_run,
         saving_errors,
         set_random_state,
-        write_manifest,
         write_state,
     )
     from bge_accel.training.gather import gather, gather_uneven, gather_with_grad, largest
     from bge_accel.training.half_precision import Bf16Copy
     from bge_accel.training.losses import contrastive_loss, known_positive_pairs, known_to_any
+    from bge_accel.training.manifest import write_manifest
+    from bge_accel.training.saved_model import is_complete, keep_best, note_complete, note_saved
     from bge_accel.training.sharding import configure_deepspeed, deepspeed_backward, whole_state_dict
     from bge_accel.training.step import (
         ActivationBudget,

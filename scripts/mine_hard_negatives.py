@@ -32,11 +32,17 @@ from typing import Any, Literal
 import numpy as np
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.data.reading import Faults, find_files, read_rows, shorten, text_id
+from bge_accel.data.reading import check_json, read_rows, text_id
 from bge_accel.data.rows import TrainingRows
 from bge_accel.encoding.reranker import SHORTEST_PAIR
 from bge_accel.encoding.store import MANIFEST, EmbeddingStore, missing_shards, prepare_store, read_manifest
+from bge_accel.files.atomic import atomic_file
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
 from bge_accel.files.lock import lock_output, locked
+from bge_accel.files.outputs import check_folder, check_output
+from bge_accel.files.parts import open_work, read_part, read_parts, what_is_kept, write_part
+from bge_accel.files.text import shorten
 from bge_accel.mining.choice import (
     DROPS,
     Choice,
@@ -46,31 +52,14 @@ from bge_accel.mining.choice import (
     Target,
     choose_negatives,
     parse_range,
-    plot_histogram,
     rank_targets,
-    text_histogram,
 )
+from bge_accel.mining.histogram import plot_histogram, text_histogram
 from bge_accel.mining.pool import TextPool, read_pool_texts, text_key, write_pool
-from bge_accel.processes.group import (
-    Processes,
-    SharedCounters,
-    atomic_file,
-    check_folder,
-    check_json,
-    check_output,
-    leave_processes,
-    new_row,
-    open_work,
-    progress,
-    read_part,
-    read_parts,
-    rounded,
-    say,
-    warn,
-    what_is_kept,
-    write_part,
-)
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.mining.rows import new_row, rounded
+from bge_accel.processes.group import Processes, SharedCounters, leave_processes
+from bge_accel.processes.progress import progress, say, warn
+from bge_accel.processes.signals import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -264,11 +253,13 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding.embedding_model import EmbeddingModel, tokenizer_digest, weights_digest
+    from bge_accel.encoding.embedding_model import EmbeddingModel
     from bge_accel.encoding.reranker import Reranker
+    from bge_accel.encoding.storing import tokenizer_digest, weights_digest
     from bge_accel.evaluation.search import build_index, check_index_factory, search
-    from bge_accel.models.encoder import check_prefix, instruction_prefix
+    from bge_accel.models.loading import check_prefix
     from bge_accel.models.precision import default_device, resolve_dtype
+    from bge_accel.models.settings import instruction_prefix
 
     # ---- models
     try:
@@ -463,7 +454,7 @@ def embed_pool(
 
     A shard is encoded alike by any process, so the embeddings do not depend on how many there are.
     """
-    from bge_accel.encoding.embedding_model import encode_to_store
+    from bge_accel.encoding.storing import encode_to_store
 
     with ExitStack() as alone:
 

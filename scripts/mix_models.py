@@ -34,11 +34,14 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from bge_accel.config import check_model_path, option, parse_config, required, user_errors
-from bge_accel.data.reading import Faults, find_files, printable
 from bge_accel.evaluation.set_files import files_of_beir
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
 from bge_accel.files.lock import lock_output
-from bge_accel.processes.group import check_output, say
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.outputs import check_output
+from bge_accel.files.text import printable
+from bge_accel.processes.progress import say
+from bge_accel.processes.signals import interruptible
 
 # Heavy packages are imported inside main(), after the arguments have been checked.
 

@@ -15,9 +15,13 @@ from itertools import islice
 from typing import Any
 
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.data.reading import Faults, check_training_row, find_files, load_json, load_yaml, read_rows, shorten
+from bge_accel.data.reading import check_training_row, read_rows
 from bge_accel.data.sources import YAML
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.parsing import load_json, load_yaml
+from bge_accel.files.text import shorten
+from bge_accel.processes.signals import interruptible
 
 
 @dataclass(kw_only=True)
@@ -78,8 +82,10 @@ def read_result(path: str) -> dict[str, Any]:
 
 def main(cfg: Config) -> None:
     with user_errors():
+        from bge_accel.files.atomic import atomic_file
         from bge_accel.files.lock import lock_output
-        from bge_accel.processes.group import atomic_file, check_folder, check_output, say
+        from bge_accel.files.outputs import check_folder, check_output
+        from bge_accel.processes.progress import say
 
         if cfg.run is None and not cfg.metrics:
             raise ValueError("there is nothing to report: give --run, --metrics or both")

@@ -20,29 +20,20 @@ from dataclasses import MISSING, asdict, dataclass
 import numpy as np
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
-from bge_accel.data.reading import Faults, find_files, read_rows, text_id
+from bge_accel.data.reading import check_json, read_rows, text_id
 from bge_accel.data.rows import TrainingRows
 from bge_accel.encoding.reranker import SHORTEST_PAIR
+from bge_accel.files.atomic import atomic_file
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
 from bge_accel.files.lock import lock_output
-from bge_accel.mining.choice import text_histogram
-from bge_accel.processes.group import (
-    Processes,
-    atomic_file,
-    check_json,
-    check_output,
-    leave_processes,
-    new_row,
-    open_work,
-    progress,
-    read_part,
-    read_parts,
-    rounded,
-    say,
-    warn,
-    what_is_kept,
-    write_part,
-)
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.files.outputs import check_output
+from bge_accel.files.parts import open_work, read_part, read_parts, what_is_kept, write_part
+from bge_accel.mining.histogram import text_histogram
+from bge_accel.mining.rows import new_row, rounded
+from bge_accel.processes.group import Processes, leave_processes
+from bge_accel.processes.progress import progress, say, warn
+from bge_accel.processes.signals import interruptible
 
 # Heavy packages are imported inside main(), after the arguments and the data have been checked.
 
@@ -123,10 +114,10 @@ def main(cfg: Config) -> None:
 
     import torch
 
-    from bge_accel.encoding.embedding_model import tokenizer_digest, weights_digest
     from bge_accel.encoding.reranker import Reranker
-    from bge_accel.models.encoder import instruction_prefix
+    from bge_accel.encoding.storing import tokenizer_digest, weights_digest
     from bge_accel.models.precision import default_device, resolve_dtype
+    from bge_accel.models.settings import instruction_prefix
 
     # ---- model
     with user_errors():

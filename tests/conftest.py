@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from helpers.models import build_tiny_model
+from helpers.repo import REPO, Run
 
-REPO = Path(__file__).resolve().parent.parent
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may depend on a hub
 # Models here are tiny: threads would only wait for one another. Scripts that a test starts inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -24,58 +25,6 @@ atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 # A shell's background job ignores Ctrl-C, and so would all that is started here: what is tested is a terminal's.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is tested here is the same on every machine
-
-
-def build_tiny_model(folder: Path, *, num_layers: int = 2, dropout: float = 0.1, seed: int = 0) -> str:
-    """A BERT with random weights and a WordPiece tokenizer that knows letters, digits and a few CJK characters.
-
-    Words are large and attention is strong, so that the first token's state, too, tells one text from another: as BERT
-    begins, they would differ by rounding alone, and each processor would rank them in another way.
-    """
-    import torch
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
-
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789.,?!:;'\"()-_=+*/<>[]{}#%&@\\的是一不了人我在有他"
-    words = "the a of to in and is what who how did why king princess story return list string file value".split()
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{c}" for c in letters), *words]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=128,
-    )
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(vocab),
-        hidden_size=32,
-        num_hidden_layers=num_layers,
-        num_attention_heads=4,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        hidden_dropout_prob=dropout,
-        attention_probs_dropout_prob=dropout,
-    )
-    model = BertModel(config)
-    with torch.no_grad():
-        model.embeddings.word_embeddings.weight *= 4
-        for layer in model.encoder.layer:
-            layer.attention.self.value.weight *= 10
-            layer.attention.output.dense.weight *= 10
-    model.save_pretrained(folder)
-    fast.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture(scope="session")
@@ -114,11 +63,8 @@ def eager_threads() -> Iterator[None]:
 def no_job_is_left() -> Iterator[None]:
     """Kills what a failed test has left running."""
     yield
-    if "warm_start" in sys.modules:
-        sys.modules["warm_start"].end_all()
-
-
-Run = Callable[..., subprocess.CompletedProcess]
+    if "helpers.warm_start" in sys.modules:
+        sys.modules["helpers.warm_start"].end_all()
 
 
 @pytest.fixture
@@ -127,7 +73,7 @@ def run_script(tmp_path: Path) -> Run:
 
     Each in processes of its own: with the heavy packages imported already, unless `cold`, as `python` or torchrun start it.
     """
-    from warm_start import Job
+    from helpers.warm_start import Job
 
     def cold_run(script: str, *args: str, processes: int, env: dict[str, str], timeout: int):
         start = [sys.executable]
@@ -167,3 +113,16 @@ def run_script(tmp_path: Path) -> Run:
         return result
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> str:
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    folder = tmp_path_factory.mktemp("models") / "reranker"
+    build_tiny_model(folder)
+    config = BertConfig.from_pretrained(folder, num_labels=1, initializer_range=0.5)
+    torch.manual_seed(0)
+    BertForSequenceClassification(config).save_pretrained(folder)
+    return str(folder)

@@ -24,17 +24,18 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import accelerate.commands.launch
-from conftest import REPO, build_tiny_model
-from warm_start import Job
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 HERE = Path(__file__).resolve().parent
-OWN_LIBRARY, ON_CPU = HERE / "own_library.py", HERE / "on_cpu.py"
+OWN_LIBRARY, ON_CPU = HERE / "helpers" / "own_library.py", HERE / "helpers" / "on_cpu.py"
 VOLATILE = (
     "queries_per_second tokens_per_second tflops mfu memory_gb eval_seconds seconds peak_memory_gb versions created "
     "finished date host started timings"
@@ -353,6 +354,16 @@ def killed(case: Case, name: str, old: Tree, new: Tree, begun: str) -> list[str]
     return problems
 
 
+def cached(case: Case, old: Tree, new: Tree) -> list[str]:
+    """NEW trains from the rows that OLD has cached, and writes none of them again."""
+    cache, folder = old.work / "cache", new.work / "rows cached"
+    stamps = lambda: {path: path.stat().st_mtime_ns for path in cache.rglob("*.arrow")}  # noqa: E731
+    before = stamps()
+    new.start("rows cached", replace(case, env={"XDG_CACHE_HOME": str(cache)}), folder=folder).ends()
+    problems = compare(old.folder("one process", case) / "out", folder / "out")
+    return problems if before and stamps() == before else [*problems, "the cache was written again"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("old")
@@ -393,6 +404,8 @@ def main() -> int:
         for name, case in everything.items():
             if case.resumes and wanted(name):
                 report(f"{name}: OLD's checkpoint", resumed(name, case, old, new))
+        if wanted("one process"):
+            report("one process: OLD's cache of rows", cached(everything["one process"], old, new))
         for name, begun in (("mining", "mined.jsonl.mining/part-*"), ("encoding", "store/*shard*")):
             if wanted(name):
                 report(f"{name}: what OLD has begun", killed(everything[name], name, old, new, begun))

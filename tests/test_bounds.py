@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import REPO, Run
-from test_documents import SCRIPTS, load_script
+from helpers.repo import REPO, Run
+from helpers.script_files import SCRIPTS, load_script
 
 from bge_accel.config import Bounds, parse_config
 

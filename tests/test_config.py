@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from conftest import REPO, Run
+from helpers.repo import REPO, Run
 
 from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
-from bge_accel.data.reading import load_yaml
+from bge_accel.files.parsing import load_yaml
 from bge_accel.training.refused_flags import REFUSED
 
 FINETUNE = REPO / "scripts" / "finetune.py"

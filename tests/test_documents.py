@@ -16,15 +16,15 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import NamedTuple
 from urllib.parse import unquote
 
 import pytest
-from conftest import REPO, build_tiny_model
-from test_finetune_script import write_rows
-from test_mine_script import tiny_reranker  # noqa: F401
-from warm_start import Job
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.runs import write_rows
+from helpers.script_files import SCRIPTS, load_script
+from helpers.warm_start import Job
 
 from bge_accel.config import parse_config
 
@@ -113,20 +113,6 @@ COMMANDS = [command for path in DOCUMENTS for command in read_commands(path)]
 
 
 # ---- flags
-
-
-@functools.cache
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"documented_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # where dataclasses look for it
-    sys.path.insert(0, str(path.parent))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(path.parent))
-    return module
 
 
 def flag_names(path: Path) -> set[str]:
@@ -225,9 +211,6 @@ def check_command(command: Command) -> str | None:
 def test_commands_have_flags_that_exist(path: Path) -> None:
     wrong = [f"{command.place}\n    {fault}" for command in read_commands(path) if (fault := check_command(command))]
     assert not wrong, "\n" + "\n".join(wrong)
-
-
-SCRIPTS = sorted(path for pattern in ("scripts/**/*.py", "data/*.py", "docs/*.py") for path in REPO.glob(pattern))
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: str(path.relative_to(REPO)))
@@ -404,7 +387,7 @@ def test_the_picture_shows_the_table(tmp_path: Path) -> None:
 def spoken_texts() -> str:
     """All strings of the scripts and the library, as they would be printed, with a blank mark for each value."""
     found = []
-    for path in [*REPO.glob("scripts/*.py"), *REPO.glob("bge_accel/*.py")]:
+    for path in [*REPO.glob("scripts/*.py"), *REPO.glob("bge_accel/**/*.py")]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.JoinedStr):
                 parts = (part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)

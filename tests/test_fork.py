@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO
+from helpers.repo import REPO
+from helpers.runs import log, weights, write_rows
+from helpers.warm_start import Job
 from safetensors.numpy import load_file
-from test_finetune_script import log, weights, write_rows
-from warm_start import Job
 
 FORK = REPO / "docs" / "fork.md"
 DIFFS = re.findall(r"^## (.+?)\n.*?^```diff\n(.*?)^```", FORK.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)

@@ -27,7 +27,7 @@ from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
 from bge_accel.config import option, parse_config
-from bge_accel.data.reading import Faults, check_training_row, load_json, read_front_matter, read_rows
+from bge_accel.data.reading import check_training_row, read_rows
 from bge_accel.data.rows import TrainingRows
 from bge_accel.data.sources import read_sources
 from bge_accel.data.streaming import RowStream
@@ -35,19 +35,15 @@ from bge_accel.encoding.store import EmbeddingStore, Manifest, ShardWriter, prep
 from bge_accel.evaluation.search import load_index
 from bge_accel.evaluation.sets import read_corpus, read_evaluation_data, read_qrels, read_queries
 from bge_accel.evaluation.trec import read_run
+from bge_accel.files.faults import Faults
+from bge_accel.files.parsing import load_json, read_front_matter
 from bge_accel.merging.plan import MergeModel, check_models, module_folders, read_json
 from bge_accel.mining.pool import read_pool_texts
 from bge_accel.models.card import license_of
-from bge_accel.models.encoder import read_settings
+from bge_accel.models.settings import read_settings
 from bge_accel.models.tensor_files import INDEX, SINGLE, Layout, TensorFiles, write_safetensors
-from bge_accel.training.checkpoint import (
-    STATE,
-    read_optimizer,
-    read_run_state,
-    set_random_state,
-    what_is_damaged,
-    write_manifest,
-)
+from bge_accel.training.checkpoint import read_optimizer, read_run_state, set_random_state
+from bge_accel.training.manifest import STATE, what_is_damaged, write_manifest
 from bge_accel.training.sharding import read_deepspeed_config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))

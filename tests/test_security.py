@@ -15,13 +15,17 @@ from pathlib import Path
 import pytest
 
 from bge_accel.config import option, parse_config
-from bge_accel.data.reading import Faults, find_files, load_yaml, printable, read_rows, shorten
+from bge_accel.data.reading import read_rows
 from bge_accel.data.sources import read_sources
 from bge_accel.encoding.store import Manifest, prepare_store, read_manifest
 from bge_accel.evaluation.sets import read_qrels
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.parsing import load_yaml
+from bge_accel.files.text import printable, shorten
 from bge_accel.merging.plan import module_folders
 from bge_accel.models.tensor_files import BIN, INDEX, SINGLE, TensorFiles
-from bge_accel.training.checkpoint import MANIFEST, STATE, what_is_damaged
+from bge_accel.training.manifest import MANIFEST, STATE, what_is_damaged
 
 REPO = Path(__file__).resolve().parent.parent
 SOURCES = sorted([*REPO.glob("bge_accel/**/*.py"), *REPO.glob("scripts/*.py")])

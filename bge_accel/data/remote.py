@@ -12,18 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-from bge_accel.data.reading import (
-    EXTENSIONS,
-    FIELDS,
-    Faults,
-    begins_array,
-    find_files,
-    is_broken_file,
-    open_binary,
-    parquet_rows,
-    raw_lines,
-    read_array,
-)
+from bge_accel.data.reading import FIELDS, begins_array, open_binary, parquet_rows, raw_lines, read_array
+from bge_accel.files.faults import Faults, is_broken_file
+from bge_accel.files.finding import EXTENSIONS, find_files
 
 HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?::([^:/]*))?(?::([\w.]+))?")
 

@@ -18,17 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bge_accel.data.examples import draw_other_passage
-from bge_accel.data.reading import (
-    FIELDS,
-    Faults,
-    check_training_row,
-    find_files,
-    is_broken_file,
-    load_json,
-    read_rows,
-    text_id,
-)
-from bge_accel.processes.group import progress
+from bge_accel.data.reading import FIELDS, check_training_row, read_rows, text_id
+from bge_accel.files.faults import Faults, is_broken_file
+from bge_accel.files.finding import find_files
+from bge_accel.files.parsing import load_json
+from bge_accel.processes.progress import progress
 
 if TYPE_CHECKING:
     import pyarrow as pa

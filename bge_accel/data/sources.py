@@ -9,7 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.data.reading import EXTENSIONS, Faults, find_files, load_yaml, shorten
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import EXTENSIONS, find_files
+from bge_accel.files.parsing import load_yaml
+from bge_accel.files.text import shorten
 
 WINDOW = 1024  # items that are put in order together
 YAML = (".yaml", ".yml")

@@ -8,8 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.data.reading import FIELDS, UNREADABLE, Faults, check_training_row, parse_json, shorten
+from bge_accel.data.reading import FIELDS, check_training_row
 from bge_accel.data.remote import file_name, find_stream_files, read_items
+from bge_accel.files.faults import Faults
+from bge_accel.files.parsing import UNREADABLE, parse_json
+from bge_accel.files.text import shorten
 
 
 class RowBlock:

@@ -1,55 +1,32 @@
 """Texts to embeddings, fast: sorted micro-batches under a token budget, tokenised while the model computes."""
 
-import hashlib
-import json
 import os
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from bge_accel.data.reading import shorten
-from bge_accel.encoding.batching import (
-    TOKENIZING,
-    TokenBatch,
-    check_tokens,
-    default_token_budget,
-    make_token_batch,
-    tokenize,
-)
+from bge_accel.encoding.pipeline import WINDOW, EncodingCounts, encode_texts
 from bge_accel.encoding.store import (
     EmbeddingStore,
     Manifest,
-    ShardWriter,
     choose_shard_size,
     digest_texts,
     prepare_store,
 )
-from bge_accel.encoding.transfer import encoder_inputs, to_device, to_host
+from bge_accel.encoding.storing import encode_to_store, tokenizer_digest, weights_digest
 from bge_accel.files.lock import locked
+from bge_accel.files.text import shorten
 from bge_accel.kernels import packed as unpadded
-from bge_accel.kernels.packed_linear import PackedLinears
-from bge_accel.models.encoder import (
-    Encoder,
-    check_lengths,
-    check_prefix,
-    instruction_prefix,
-    load_encoder,
-    max_positions,
-)
+from bge_accel.models.encoder import load_encoder
+from bge_accel.models.loading import check_lengths, check_prefix, max_positions
 from bge_accel.models.precision import default_device, floating_dtype, resolve_dtype
-from bge_accel.processes.group import progress
-
-T = TypeVar("T")
-
-# Sorting reaches over this many texts at a time; more would gain nothing and hold more token ids in memory.
-WINDOW = 4096
+from bge_accel.models.settings import instruction_prefix
+from bge_accel.processes.progress import progress
 
 
 def line_for_all_gpus() -> str | None:
@@ -66,283 +43,6 @@ def line_for_all_gpus() -> str | None:
     )
 
 
-def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """Yields from `items`, computing the next `depth` in a background thread meanwhile.
-
-    An error in `items` is raised where its item would have come.
-    """
-    iterator = iter(items)
-    end = object()
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        queue = [pool.submit(next, iterator, end) for _ in range(depth)]
-        try:
-            while (item := queue.pop(0).result()) is not end:
-                queue.append(pool.submit(next, iterator, end))
-                yield item  # type: ignore[misc]
-        finally:
-            for future in queue:
-                future.cancel()
-
-
-@dataclass
-class EncodingCounts:
-    """What has been encoded; a caller hands one over and reads it when it likes."""
-
-    num_texts: int = 0
-    num_tokens: int = 0
-    """Special tokens included, padding not."""
-    num_truncated: int = 0
-    """Texts that were cut to the maximum length."""
-    max_tokens: int | None = None
-    """What a micro-batch was cut down to after the memory had been too small for a larger one."""
-
-
-def encode_texts(
-    encoder: Encoder,
-    tokenizer: Any,
-    texts: Sequence[str],
-    *,
-    max_length: int,
-    prefix: str = "",
-    max_tokens: int | None = None,
-    max_texts: int | None = None,
-    show_progress: bool = False,
-    description: str = "encoding",
-    counts: EncodingCounts | None = None,
-) -> np.ndarray:
-    """Embeddings (len(texts), dim), float32, of texts with `prefix` put before each.
-
-    Args:
-        max_length: longer texts are cut to this many tokens, special tokens included.
-        max_tokens: padded tokens of a micro-batch; by default what suits the device. Where the memory is too small it is
-            halved, with a warning, until it fits.
-        max_texts: texts of a micro-batch; by default bounded by `max_tokens` alone.
-        counts: added to.
-    """
-    dim: int = encoder.backbone.config.hidden_size  # type: ignore[union-attr,assignment]
-    embeddings = np.empty((len(texts), dim), dtype=np.float32)
-    with progress(len(texts), description, "text", shown=show_progress) as bar:
-        encoded = encode_windows(
-            encoder,
-            tokenizer,
-            ((start, texts[start : start + WINDOW]) for start in range(0, len(texts), WINDOW)),
-            max_length=max_length,
-            prefix=prefix,
-            max_tokens=max_tokens,
-            max_texts=max_texts,
-            counts=counts,
-            on_texts=bar.update,
-        )
-        for start, window in encoded:
-            embeddings[start : start + len(window)] = window
-    return embeddings
-
-
-def encode_windows(
-    encoder: Encoder,
-    tokenizer: Any,
-    windows: Iterable[tuple[T, Sequence[str]]],
-    *,
-    max_length: int,
-    prefix: str = "",
-    max_tokens: int | None = None,
-    max_texts: int | None = None,
-    counts: EncodingCounts | None = None,
-    on_texts: Callable[[int], Any] = lambda num_texts: None,
-    depth: int = 2,
-) -> Iterator[tuple[T, np.ndarray]]:
-    """For each (key, texts) the key and the texts' embeddings (texts, dim), float32; the next are tokenised meanwhile.
-
-    Texts are sorted by length inside their window. Memory is bounded by `depth` + 2 windows, whatever their number. From
-    a GPU a window's embeddings are moved, and given out, while it computes the next window.
-
-    Args:
-        on_texts: called with the number of texts of each micro-batch that has been handed to the device.
-        depth: windows taken ahead.
-    """
-    counts = EncodingCounts() if counts is None else counts
-    device = next(encoder.parameters()).device
-    budget = max_tokens or default_token_budget(device)
-    config: Any = encoder.backbone.config
-    is_unpadded = unpadded.is_in_use(config)
-    packed = PackedLinears(encoder.backbone)
-
-    def tokenized() -> Iterator[tuple[T, TokenBatch, int]]:
-        for key, texts in windows:
-            token_ids, num_truncated = tokenize_and_count(tokenizer, [prefix + text for text in texts], max_length)
-            batch = make_token_batch(
-                token_ids,
-                pad_token_id=tokenizer.pad_token_id,
-                max_tokens=min(budget, counts.max_tokens or budget),
-                max_texts=max_texts,
-                packed_for=config if is_unpadded else None,
-            )
-            yield key, batch, num_truncated
-
-    waiting: tuple[T, Callable[[], np.ndarray]] | None = None
-    for key, batch, num_truncated in prefetch(tokenized(), depth):
-        parts: list[torch.Tensor] = []
-        left = batch.micro_batches[::-1]
-        while left:
-            micro_batch = left.pop()
-            rows, width = micro_batch["input_ids"].shape
-            size = int(micro_batch["attention_mask"].sum()) if is_unpadded else rows * width
-            if rows > 1 and size > (counts.max_tokens or size):
-                left += [{name: tensor[part] for name, tensor in micro_batch.items()} for part in _halves(rows)]
-                continue
-            error = None
-            try:
-                with torch.inference_mode(), packed.used_for(batch.num_tokens):
-                    inputs = encoder_inputs(micro_batch, device, config if is_unpadded else None)
-                    parts.append(encoder(**inputs).float())
-            except (RuntimeError, MemoryError) as raised:
-                if rows == 1 or not is_out_of_memory(raised):
-                    raise
-                error = str(raised).strip().split("\n")[0]
-            if error is not None:  # outside `except`, whose traceback would keep the tensors alive
-                counts.max_tokens = max(size // 2, 1)
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-                warnings.warn(
-                    f"out of memory with {size:,} tokens in a micro-batch: at most {counts.max_tokens:,} from "
-                    f"here on ({error})",
-                    RuntimeWarning,
-                    stacklevel=2,
-                )
-                left.append(micro_batch)
-                continue
-            on_texts(rows)
-        counts.num_texts += batch.num_texts
-        counts.num_tokens += batch.num_tokens
-        counts.num_truncated += num_truncated
-        # Moved at the end of a window and not after each micro-batch, for which a GPU would have to stop.
-        leaving = to_host(torch.cat(parts)[to_device(batch.restore, device)])
-        if waiting is not None:
-            yield waiting[0], waiting[1]()
-        waiting = key, leaving
-        if not _is_late(device):
-            yield key, leaving()
-            waiting = None
-    if waiting is not None:
-        yield waiting[0], waiting[1]()
-
-
-def _is_late(device: torch.device) -> bool:
-    """Whether what a device computes comes after the call that asks for it."""
-    return device.type == "cuda"
-
-
-def _halves(rows: int) -> tuple[slice, slice]:
-    """The two halves of a micro-batch, the second first: they are taken from the end."""
-    return slice(rows // 2, None), slice(rows // 2)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's or the computer's memory is too small, and nothing else."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
-    )
-
-
-def tokenize_and_count(tokenizer: Any, texts: Sequence[str], max_length: int) -> tuple[list[list[int]], int]:
-    """Token ids of each text with special tokens, cut to `max_length`, and how many texts were cut."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None or not texts:
-        return tokenize(tokenizer, texts, max_length), 0
-    with TOKENIZING:
-        tokenize(tokenizer, texts[:1], max_length)  # sets the tokenizer's own way of cutting
-        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=True)
-    token_ids = [encoding.ids for encoding in encodings]
-    check_tokens(token_ids, texts)
-    full = (encoding for encoding, ids in zip(encodings, token_ids, strict=True) if len(ids) >= max_length)
-    return token_ids, sum(bool(encoding.overflowing) for encoding in full)
-
-
-def encode_to_store(
-    model: "EmbeddingModel",
-    folder: str,
-    manifest: Manifest,
-    shards: Iterable[int],
-    read: Callable[[int, int], Sequence[str]],
-    *,
-    max_tokens: int | None = None,
-    max_texts: int | None = None,
-    counts: EncodingCounts | None = None,
-    on_texts: Callable[[int], Any] = lambda num_texts: None,
-) -> None:
-    """Encodes texts into shards of a store; a shard is flushed to disk while the next is computed.
-
-    Args:
-        manifest: from `prepare_store`.
-        shards: numbers of the shards to write, taken one by one, so that several processes can share them.
-        read: the texts from one number to another; asked for in the order of `shards`, at most `WINDOW` at a time.
-    """
-
-    def windows() -> Iterator[tuple[tuple[int, bool], Sequence[str]]]:
-        for shard in shards:
-            first, stop = manifest.rows_of(shard)
-            for start in range(first, stop, WINDOW):
-                end = min(start + WINDOW, stop)
-                yield (shard, end == stop), read(start, end)
-
-    settings = manifest.settings
-    encoded = encode_windows(
-        model.encoder,
-        model.tokenizer,
-        windows(),
-        max_length=settings["max_length"],
-        prefix=settings["prefix"],
-        max_tokens=max_tokens,
-        max_texts=max_texts,
-        counts=counts,
-        on_texts=on_texts,
-        depth=1,  # a shard taken early is one that no other process can take
-    )
-    writer: ShardWriter | None = None
-    finishing: Future | None = None
-    with ThreadPoolExecutor(max_workers=1) as pool:
-        try:
-            for (shard, is_last), embeddings in encoded:
-                writer = writer or ShardWriter(folder, manifest, shard)
-                writer.add(embeddings)
-                if is_last:
-                    if finishing is not None:
-                        finishing.result()
-                    finishing, writer = pool.submit(writer.finish), None
-            if finishing is not None:
-                finishing.result()
-        finally:
-            encoded.close()  # type: ignore[attr-defined]
-            if writer is not None:
-                writer.abandon()
-
-
-def weights_digest(module: torch.nn.Module) -> str:
-    """Digest of all tensors of a model, with their names; half a second a gigabyte and core."""
-
-    def one(item: tuple[str, torch.Tensor]) -> bytes:
-        name, tensor = item
-        digest = hashlib.blake2b(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), digest_size=16)
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.digest()
-
-    with ThreadPoolExecutor(max_workers=4) as pool:
-        parts = pool.map(one, sorted(module.state_dict().items()))
-        return hashlib.blake2b(b"".join(parts), digest_size=16).hexdigest()
-
-
-def tokenizer_digest(tokenizer: Any) -> str:
-    """Digest of a tokenizer's rules and vocabulary; how it was last told to cut and pad does not matter."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        content: Any = sorted(tokenizer.get_vocab().items())
-    else:
-        content = {
-            key: value for key, value in json.loads(backend.to_str()).items() if key not in ("truncation", "padding")
-        }
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
 class EmbeddingModel:
     """A text-embedding model for inference, from a folder or the hub.
 
@@ -354,16 +54,16 @@ class EmbeddingModel:
         dtype: torch dtype or its name; "auto" is float16 on a GPU, and on a CPU bfloat16 where that is faster (AMX, AMD's
             AVX-512, ARM), else float32. The embeddings are float32 arrays with either.
         pooling: "cls", "mean" or "last_token".
-        attention: "padded", or without padding by one of `unpadded.KERNELS`; "auto" is the fast one that the device,
+        attention: "padded", or without padding by one of `kernels.packed.KERNELS`; "auto" is the fast one that the device,
             the precision and the model allow, else "padded".
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.
         batch_size, max_length, query_max_length, passage_max_length, convert_to_numpy: for calls that do not say
             otherwise.
-        lengths: tokens that calls will cut texts to, checked before the weights are loaded; see `model.check_lengths`.
-        cut_by: which of them cuts a "query", which a "passage", see `model.load_encoder`.
+        lengths: tokens that calls will cut texts to, checked before the weights are loaded; see `models.loading.check_lengths`.
+        cut_by: which of them cuts a "query", which a "passage", see `models.encoder.load_encoder`.
 
     Raises:
-        ValueError: see `model.load_encoder`.
+        ValueError: see `models.encoder.load_encoder`.
 
     `counts` holds how many texts and tokens have been encoded, and how many texts were too long and cut.
     """

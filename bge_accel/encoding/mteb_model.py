@@ -29,7 +29,7 @@ def model_meta(model: "EmbeddingModel") -> Any:
     """What mteb files results under: organisation/name, and a digest of the weights as the revision."""
     from mteb.models import ModelMeta
 
-    from bge_accel.encoding.embedding_model import weights_digest
+    from bge_accel.encoding.storing import weights_digest
 
     name = model.name.rstrip("/")
     return ModelMeta.create_empty(

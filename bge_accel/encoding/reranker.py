@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import check_model_path
-from bge_accel.processes.group import progress
+from bge_accel.processes.progress import progress
 
 PAIRS_AT_ONCE = 4096  # sorted by length together
 SHORTEST_PAIR = 16  # tokens: the special ones, and some of the query and of the passage
@@ -49,7 +49,7 @@ class Reranker:
         from transformers import AutoModelForSequenceClassification
         from transformers.utils import logging
 
-        from bge_accel.models.encoder import load_tokenizer, load_weights, loading, max_positions, read_config
+        from bge_accel.models.loading import load_tokenizer, load_weights, loading, max_positions, read_config
         from bge_accel.models.precision import default_device
 
         check_model_path("the reranker", model_name_or_path)
@@ -120,7 +120,7 @@ class Reranker:
         return scores
 
     def _tokenize(self, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-        from bge_accel.encoding.batching import TOKENIZING
+        from bge_accel.models.tokenizing import TOKENIZING
 
         queries = {query: query for query, _ in pairs}
         with TOKENIZING:

@@ -19,8 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.data.reading import load_json, shorten
-from bge_accel.training.checkpoint import flush
+from bge_accel.files.atomic import flush
+from bge_accel.files.parsing import load_json
+from bge_accel.files.text import shorten
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -200,7 +201,7 @@ def check_same(folder: str, wanted: Manifest, found: Manifest, *, ignore: Iterab
 
 
 def prepare_store(folder: str, wanted: Manifest) -> tuple[Manifest, list[int]]:
-    """Begins a store, or goes on with one that is not complete; one process calls it, under `lock.locked`.
+    """Begins a store, or goes on with one that is not complete; one process calls it, under `files.lock.locked`.
 
     Returns:
         The store's manifest, whose shards may have another size than wanted, and the numbers of missing shards.

@@ -22,7 +22,7 @@ def encoder_inputs(
     """What an encoder takes of a micro-batch, on its device.
 
     Args:
-        packed_for: configuration of a model that takes texts without padding, see `unpadded.pack`. None gives
+        packed_for: configuration of a model that takes texts without padding, see `kernels.packed.pack`. None gives
             `input_ids`, `attention_mask` and whether there is any padding: here a look, there a wait.
     """
     if packed_for is not None:

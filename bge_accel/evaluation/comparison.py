@@ -5,10 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.data.reading import shorten
 from bge_accel.evaluation.retrieval import TEXT_KEPT, Evaluation
 from bge_accel.evaluation.sets import EvaluationData
-from bge_accel.models.card import text_table
+from bge_accel.files.text import shorten, text_table
 
 BLOCK = 1 << 22  # numbers drawn at a time
 

@@ -79,8 +79,9 @@ def encode_together(
     """
     import torch
 
-    from bge_accel.encoding.batching import make_token_batch, split_micro_batches, tokenize
+    from bge_accel.encoding.batching import make_token_batch, split_micro_batches
     from bge_accel.encoding.transfer import encoder_inputs, to_device
+    from bge_accel.models.tokenizing import tokenize
     from bge_accel.training.gather import gather, largest
 
     rank, world = rank_and_world()

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.data.reading import shorten
 from bge_accel.encoding.store import EmbeddingStore, StorePart, digest_texts, prepare_store
 from bge_accel.evaluation.metrics import per_query_metrics, trec_order
 from bge_accel.evaluation.search import build_index, check_index_factory, index_recall, search, search_over_processes
 from bge_accel.evaluation.sets import EvaluationData, Judgements
 from bge_accel.files.lock import locked
+from bge_accel.files.text import shorten
 from bge_accel.processes.group import from_first, gather, rank_and_world, share_of
 
 DEFAULT_CUTOFFS = (1, 3, 5, 10, 100)
@@ -354,7 +354,7 @@ def _save_together(
     model: Any, folder: str, texts: Sequence[str], max_length: int | None, batch_size: int | None
 ) -> EmbeddingStore:
     """`EmbeddingModel.save_corpus` by all processes, each taking every so-manyeth of the missing shards."""
-    from bge_accel.encoding.embedding_model import encode_to_store
+    from bge_accel.encoding.storing import encode_to_store
 
     rank, world = rank_and_world()
     alone = ExitStack()  # until the end no other run may write into the folder

@@ -15,8 +15,9 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.data.reading import first_line, installed_version, load_json, shorten
 from bge_accel.encoding.store import EmbeddingStore
+from bge_accel.files.parsing import load_json
+from bge_accel.files.text import first_line, installed_version, shorten
 from bge_accel.processes.group import gather
 
 # Vectors handled at a time: bounds the memory for converting and for the blocks of the score matrix.

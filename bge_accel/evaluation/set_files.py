@@ -5,7 +5,9 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from bge_accel.data.reading import EXTENSIONS, Faults, find_files, read_rows
+from bge_accel.data.reading import read_rows
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import EXTENSIONS, find_files
 
 # What FlagEmbedding's eval_msmarco measures on unless told otherwise.
 MSMARCO_CORPUS, MSMARCO_QUERIES, MSMARCO_SPLIT = "namespace-Pt/msmarco-corpus", "namespace-Pt/msmarco", "dev"

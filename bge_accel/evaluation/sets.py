@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bge_accel.data.reading import Faults, is_broken_file, open_binary, raw_lines, shorten
+from bge_accel.data.reading import open_binary, raw_lines
 from bge_accel.evaluation.set_files import QRELS_EXTENSIONS, hub_rows, is_hub_name, locate, rows_at
+from bge_accel.files.faults import Faults, is_broken_file
+from bge_accel.files.text import shorten
 
 MAX_GRADE = 10**9  # sums of gains are to stay numbers
 # Names of the columns of judgements, without case, spaces, hyphens and underscores; of several in a header the first counts.
@@ -62,7 +64,7 @@ def read_evaluation_data(
     qrels: str | None = None,
     split: str | None = None,
 ) -> EvaluationData:
-    """Reads and checks everything that an evaluation needs; see `evaluation_sources.locate` for where it is.
+    """Reads and checks everything that an evaluation needs; see `set_files.locate` for where it is.
 
     With `qrels`, ids connect queries and passages, and "positive" is ignored. Without, every corpus row whose text
     equals one of a query's "positive" is relevant, duplicates included. A positive that the corpus does not hold stays

@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.data.reading import Faults, is_broken_file, open_binary, raw_lines, shorten
+from bge_accel.data.reading import open_binary, raw_lines
 from bge_accel.evaluation.retrieval import Evaluation
 from bge_accel.evaluation.sets import Corpus, EvaluationData, Judgements, Queries, read_qrels
+from bge_accel.files.faults import Faults, is_broken_file
+from bge_accel.files.text import shorten
 
 Rankings = dict[str, dict[str, float]]
 """{query id: {passage id: score}}"""
@@ -70,7 +72,7 @@ def judged_ids(qrels: str, runs: Iterable[Mapping[str, Mapping[str, Any]]]) -> E
     """What is needed to score runs where there are judgements and no texts: ids stand for the texts.
 
     Raises:
-        ValueError: see `evaluation_data.read_qrels`; no judged query is ranked by any run.
+        ValueError: see `sets.read_qrels`; no judged query is ranked by any run.
     """
     faults = Faults()
     grades = read_qrels(qrels, faults)

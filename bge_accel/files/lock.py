@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 
-from bge_accel.data.reading import printable
+from bge_accel.files.text import printable
 
 LOCK = ".lock"
 """The lock of a folder; a folder that holds nothing else is empty."""
@@ -78,7 +78,7 @@ def _missing(folder: str) -> Iterator[str]:
 
 
 def lock_output(path: str, *, is_folder: bool = True) -> None:
-    """`locked` until this process ends. Of a run's processes the first takes it (`jobs.from_first`)."""
+    """`locked` until this process ends. Of a run's processes the first takes it (`processes.group.from_first`)."""
     _until_the_end.enter_context(locked(path, is_folder=is_folder))
     _held[_lock_of(path, is_folder)] = os.getpid()
 

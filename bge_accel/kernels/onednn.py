@@ -53,3 +53,8 @@ def rearrange(weight: torch.Tensor) -> torch.Tensor:
     """The weight as this CPU multiplies it."""
     rearranged: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
     return rearranged
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU computes in bfloat16 itself; emulated, it is far slower than float32."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

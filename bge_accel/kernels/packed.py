@@ -257,7 +257,7 @@ def num_packed(num_tokens: int, config: Any) -> int:
 
 
 def pool_packed(hidden: torch.Tensor, starts: torch.Tensor, method: str) -> torch.Tensor:
-    """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `model.pool` does for padded ones."""
+    """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `models.pooling.pool` does for padded ones."""
     if method == "mean":
         if hidden.device.type == "cpu":  # whose rows are filled up
             hidden = hidden[: int(starts[-1].numpy())]

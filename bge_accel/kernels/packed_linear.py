@@ -14,7 +14,7 @@ import torch
 
 from bge_accel.kernels import onednn
 from bge_accel.kernels.in_place_gradients import is_linear
-from bge_accel.models.precision import cpu_has_bf16
+from bge_accel.kernels.onednn import cpu_has_bf16
 
 # Below, rearranging costs more than it saves, whatever the model's size: both grow with its weights.
 MIN_TOKENS = 16384

@@ -20,9 +20,11 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from bge_accel.data.reading import shown_name, shown_size
-from bge_accel.encoding.embedding_model import prefetch
+from bge_accel.encoding.pipeline import prefetch
+from bge_accel.files.atomic import DISK_FULL, atomic_folder
 from bge_accel.files.lock import is_empty, locked
+from bge_accel.files.outputs import check_folder
+from bge_accel.files.text import shown_name, shown_size
 from bge_accel.merging.plan import (
     MODEL_TYPES,
     WEIGHT_FILES,
@@ -34,7 +36,7 @@ from bge_accel.merging.plan import (
     open_models,
     read_json,
 )
-from bge_accel.models.encoder import encoder_class, load_weights
+from bge_accel.models.loading import encoder_class, load_weights
 from bge_accel.models.precision import floating_dtype
 from bge_accel.models.tensor_files import (
     INDEX,
@@ -45,8 +47,9 @@ from bge_accel.models.tensor_files import (
     write_index,
     write_safetensors,
 )
-from bge_accel.processes.group import check_folder, progress
-from bge_accel.training.checkpoint import DISK_FULL, SAVED, atomic_folder, find_checkpoints
+from bge_accel.processes.progress import progress
+from bge_accel.training.checkpoint import find_checkpoints
+from bge_accel.training.saved_model import SAVED
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -447,7 +450,7 @@ def _write_card(
     import yaml
 
     from bge_accel.models.card import fenced, front_matter, inline, license_of, usage, versions
-    from bge_accel.models.encoder import read_settings
+    from bge_accel.models.settings import read_settings
 
     _write_text(os.path.join(folder, RECIPE), json.dumps(recipe, indent=2, ensure_ascii=False) + "\n")
     embeds = model_type == "encoder" and os.path.isfile(os.path.join(folder, "modules.json"))

@@ -20,8 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from bge_accel.config import check_model_path
-from bge_accel.data.reading import Faults, load_json, shorten
-from bge_accel.models.encoder import COMPUTED, differing_settings, read_modules, read_settings
+from bge_accel.files.faults import Faults
+from bge_accel.files.parsing import load_json
+from bge_accel.files.text import shorten
+from bge_accel.models.loading import COMPUTED
+from bge_accel.models.settings import differing_settings, read_modules, read_settings
 from bge_accel.models.tensor_files import Layout, TensorFiles
 
 # model_type, the transformers class that loads it, and how one of its architectures ends.

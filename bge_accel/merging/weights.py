@@ -16,14 +16,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from bge_accel.data.reading import Faults, check_training_row, find_files, read_rows, shorten
-from bge_accel.encoding.embedding_model import EmbeddingModel, default_device, encode_texts
+from bge_accel.data.reading import check_training_row, read_rows
+from bge_accel.encoding.embedding_model import EmbeddingModel, default_device
+from bge_accel.encoding.pipeline import encode_texts
 from bge_accel.evaluation.in_training import retrieval_from_rows
 from bge_accel.evaluation.retrieval import EvaluationData, evaluate_retrieval
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.text import shorten
 from bge_accel.merging.merge import check_output_folder, known_arguments, load_merged, merge_models, mix_models
 from bge_accel.merging.plan import check_models, open_models
-from bge_accel.models.encoder import load_tokenizer, max_positions, read_settings
-from bge_accel.processes.group import say
+from bge_accel.models.loading import load_tokenizer, max_positions
+from bge_accel.models.settings import read_settings
+from bge_accel.processes.progress import say
 
 OBJECTIVES = ("loss", "ndcg@10")
 CONTRASTIVE_TEMPERATURE = 0.05  # LM-Cocktail's

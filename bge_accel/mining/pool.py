@@ -15,8 +15,11 @@ from typing import overload
 
 import numpy as np
 
-from bge_accel.data.reading import Faults, find_files, read_rows, shorten, text_id
+from bge_accel.data.reading import read_rows, text_id
 from bge_accel.encoding.store import digest_texts
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.text import shorten
 
 # A word, or one character of a script that puts no space between words.
 WORD = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\u0e00-\u0eff]|[^\W_]+")
@@ -147,7 +150,7 @@ class TextPool(Sequence[str]):
         return self._sketches[indices]
 
     def digest(self) -> str:
-        """Of all texts in their order, as `store.digest_texts` gives it."""
+        """Of all texts in their order, as `encoding.store.digest_texts` gives it."""
         return digest_texts(self)[1]
 
 

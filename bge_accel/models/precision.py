@@ -5,15 +5,12 @@ from itertools import islice
 
 import torch
 
+from bge_accel.kernels.onednn import cpu_has_bf16
+
 
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def cpu_has_bf16() -> bool:
-    """Whether this CPU computes in bfloat16 itself; emulated, it is far slower than float32."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def cpu_is_faster_in_bf16() -> bool:

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bge_accel.data.reading import decode_json, first_line, load_json, shorten
+from bge_accel.files.parsing import decode_json, load_json
+from bge_accel.files.text import first_line, shorten
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from bge_accel.data.reading import installed_version
 from bge_accel.evaluation.search import FAISS_PACKAGES, installed_faiss
+from bge_accel.files.text import installed_version
 from bge_accel.reports.row_checks import Finding, Severity
 from bge_accel.training.step import available_memory
 
@@ -237,7 +237,7 @@ class MemoryModel:
     """Peak memory of one process: what is always there, and activations that grow with the tokens kept for backward.
 
     Weights, gradients, the optimiser's state and the process itself are `fixed_gb`. Activations stay below the budget
-    over which `training.ActivationBudget` has them computed again.
+    over which `training.step.ActivationBudget` has them computed again.
     """
 
     fixed_gb: float

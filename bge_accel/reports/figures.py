@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape as escape_html
 from typing import Any, NamedTuple
 
-from bge_accel.data.reading import printable
+from bge_accel.files.text import printable
 
 WIDTH, HEIGHT = 560, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 16, 30, 42

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bge_accel.data.reading import shown_name
 from bge_accel.evaluation.comparison import Difference, difference_cells
+from bge_accel.files.text import shown_name
 from bge_accel.reports.figures import Figure, Histogram, Intervals, Line, LineChart
 from bge_accel.reports.page import Page
 

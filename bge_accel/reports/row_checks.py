@@ -10,18 +10,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from bge_accel.data.reading import (
-    UNREADABLE,
-    Faults,
-    begins_array,
-    check_training_row,
-    find_files,
-    is_broken_file,
-    open_binary,
-    parse_json,
-    raw_lines,
-    read_rows,
-)
+from bge_accel.data.reading import begins_array, check_training_row, open_binary, raw_lines, read_rows
+from bge_accel.files.faults import Faults, is_broken_file
+from bge_accel.files.finding import find_files
+from bge_accel.files.parsing import UNREADABLE, parse_json
 from bge_accel.mining.pool import normalise_text
 from bge_accel.training.plan import FEW_SHORT, repeated_negatives
 

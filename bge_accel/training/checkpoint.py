@@ -6,37 +6,27 @@ one is known. Nothing in it is pickled, save what DeepSpeed's engine writes for 
 """
 
 import errno
-import hashlib
 import json
 import os
 import random
 import re
 import shutil
-import signal
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bge_accel.data.reading import is_inside, load_json, printable, shorten, shown_size
-from bge_accel.files.lock import unlock_outputs
-from bge_accel.processes.children import kill_children
+from bge_accel.files.atomic import DISK_FULL, finish_move
+from bge_accel.files.parsing import load_json
+from bge_accel.files.text import printable, shorten
+from bge_accel.training.manifest import STATE, what_is_damaged
+from bge_accel.training.saved_model import BEST, LAST
 
 if TYPE_CHECKING:
     import torch
 
-STATE = "training_state"
-MANIFEST = os.path.join(STATE, "manifest.json")
-BEST = "best"
-"""Name of the folder in a run's folder that holds the best weights so far."""
-LAST = ".last"
-"""Name of the folder in which the last weights are written, before they become the run's model."""
-SAVED = "saved_model.json"
-"""Name of the file in a saved model that says which step's it is, and what its weights have to be."""
-_MOVING = ".moving"
 REQUEUE = "requeue"
 """Name of the file in a run's folder that says: stopped by a signal, to be continued."""
 
@@ -47,58 +37,6 @@ _STATE: dict[str, Any] = {
     "position": dict, "settings": dict, "best": dict | None, "scaler": dict | None,
     "activation_bytes": _NUMBER, "bytes_per_token": _NUMBER | None, "random": list, "streams": list,
 }  # fmt: skip
-
-
-@contextmanager
-def atomic_folder(path: str) -> Iterator[str]:
-    """Yields a new folder beside `path` to write into; on leaving it is flushed and renamed to `path`.
-
-    A folder that stood there is replaced. After an error nothing new is left. The folder above is not made: where it has
-    been removed, what was written into it is gone, and that is an error (FileNotFoundError).
-    """
-    path = os.path.abspath(path)
-    aside = f"{path}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.mkdir(aside)
-    try:
-        yield aside
-        flush_tree(aside)
-        if os.path.isdir(path):
-            remove_checkpoint(path)
-        os.rename(aside, path)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    flush(os.path.dirname(path))
-
-
-def move_into(source: str, target: str) -> None:
-    """Moves every entry of one folder into another above it, replacing what has the same name.
-
-    Weights that stood there go first and the new ones come last, so that a folder that loads is whole. Killed on the
-    way, it is finished by `finish_move`.
-    """
-    if not os.listdir(source):  # before anything is removed
-        raise FileNotFoundError(errno.ENOENT, "there is nothing to move", source)
-    for name in os.listdir(target):
-        if name.endswith((".safetensors", ".safetensors.index.json")) or name.startswith("pytorch_model"):
-            os.remove(os.path.join(target, name))
-    os.rename(source, os.path.join(target, _MOVING))
-    finish_move(target)
-
-
-def finish_move(target: str) -> None:
-    """Moves in what a killed `move_into` has left outside."""
-    source = os.path.join(target, _MOVING)
-    if not os.path.isdir(source):
-        return
-    for name in sorted(os.listdir(source), key=lambda name: (".safetensors" in name, name)):
-        destination = os.path.join(target, name)
-        if os.path.isdir(destination):
-            shutil.rmtree(destination)
-        os.replace(os.path.join(source, name), destination)
-    os.rmdir(source)
-    flush(target)
 
 
 @contextmanager
@@ -122,9 +60,6 @@ def saving_errors(step: int, output_dir: str) -> Iterator[None]:
         raise SystemExit(printable(f"{failed}; {rest}")) from None
 
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
 def room_for_run(model: int, state: int, *, num_saves: int, num_there: int, limit: int | None, keeps_best: bool) -> int:
     """The most bytes by which a run's folder grows.
 
@@ -140,35 +75,6 @@ def room_for_run(model: int, state: int, *, num_saves: int, num_there: int, limi
     return max(most - num_there, min(num_saves, 1)) * (model + state) + (2 if keeps_best else 1) * model
 
 
-def check_room(output_dir: str, num_bytes: int, remedy: str) -> None:
-    """Raises ValueError where the disk of a folder, which need not be there yet, has no room for so many bytes more."""
-    folder = os.path.abspath(output_dir)
-    while not os.path.exists(folder):
-        folder = os.path.dirname(folder)
-    disk = shutil.disk_usage(folder)
-    if disk.total and disk.free < num_bytes:  # some disks on a network say nothing
-        raise ValueError(
-            f"{output_dir} will take {shown_size(num_bytes)} more, and {shown_size(disk.free)} are free on its disk; {remedy}"
-        )
-
-
-def flush_tree(folder: str) -> None:
-    """Flushes every file and folder under `folder` to disk."""
-    for root, _, files in os.walk(folder):
-        for name in files:
-            flush(os.path.join(root, name))
-        flush(root)
-
-
-def flush(path: str) -> None:
-    """Flushes one file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 # ---- finding and checking
 
 
@@ -182,63 +88,12 @@ def find_checkpoints(folder: str) -> list[tuple[int, str]]:
     return sorted(found)
 
 
-def remove_checkpoint(path: str) -> None:
-    """Removes a checkpoint; stopped half-way, it leaves nothing that looks like one."""
-    aside = f"{path}.removed"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.rename(path, aside)
-    shutil.rmtree(aside)
-
-
 def remove_leftovers(folder: str) -> None:
     """Removes what a killed run left half-written or half-removed, and moves in what it left half-moved."""
     finish_move(folder)
     for name in os.listdir(folder) if os.path.isdir(folder) else ():
         if re.fullmatch(rf"(checkpoint-\d+|{BEST}|{re.escape(LAST)})\.(incomplete|removed)|{re.escape(LAST)}", name):
             shutil.rmtree(os.path.join(folder, name))
-
-
-def write_manifest(folder: str) -> None:
-    """Notes the size and SHA-256 of every file of a checkpoint; written last."""
-    files = _digests(folder, _files(folder))
-    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-
-
-def _files(folder: str) -> list[str]:
-    names = [os.path.relpath(os.path.join(root, name), folder) for root, _, files in os.walk(folder) for name in files]
-    return sorted(names)
-
-
-def _digests(folder: str, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    paths = {name: os.path.join(folder, name) for name in names}
-    return {name: {"bytes": os.path.getsize(path), "sha256": _sha256(path)} for name, path in paths.items()}
-
-
-def what_is_damaged(folder: str, manifest: str = MANIFEST) -> str | None:
-    """What is wrong with a checkpoint, or None if every file is there and holds what was written."""
-    try:
-        if not os.path.exists(os.path.join(folder, manifest)):
-            return f"{manifest} is missing: it is no checkpoint to continue from, or its copy is incomplete"
-        files = load_json(os.path.join(folder, manifest))["files"]
-        for name, expected in files.items():
-            if not is_inside(name):
-                return f"{manifest} names {shorten(name)}, which is not inside the checkpoint"
-            path = os.path.join(folder, name)
-            if not os.path.isfile(path):
-                return f"{name} is missing"
-            if os.path.getsize(path) != expected["bytes"]:
-                return f"{name} has {os.path.getsize(path):,} bytes where {expected['bytes']:,} were written"
-            if _sha256(path) != expected["sha256"]:
-                return f"{name} does not hold what was written (its SHA-256 differs)"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{manifest} cannot be read ({error})"
-    return None
-
-
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def choose_checkpoint(asked: str, output_dir: str, say: Callable[[str], None]) -> str | None:
@@ -267,75 +122,6 @@ def choose_checkpoint(asked: str, output_dir: str, say: Callable[[str], None]) -
     if found:
         raise ValueError(f"every checkpoint in {output_dir} is damaged; move them away to start afresh")
     return None
-
-
-# ---- saved models
-
-
-def note_saved(folder: str, step: int) -> None:
-    """Notes in a saved model which step's it is; written last."""
-    names = [name for name in _files(folder) if name != SAVED]
-    is_weights = {name: ".safetensors" in name for name in names}
-    content = {
-        "step": step,
-        "files": _digests(folder, (name for name in names if is_weights[name])),
-        "others": [name for name in names if not is_weights[name]],
-    }
-    with open(os.path.join(folder, SAVED), "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-
-
-def note_complete(folder: str, run: Mapping[str, Any]) -> None:
-    """Notes in a saved model that it is the end of a run, and of which."""
-    path = os.path.join(folder, SAVED)
-    content, aside = {**load_json(path), "run": run}, f"{path}.incomplete"
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-    flush(aside)
-    os.replace(aside, path)  # without this file nobody knows the model: a kill has to leave the old one or the new
-
-
-def is_complete(output_dir: str, run: Mapping[str, Any]) -> bool:
-    """Whether a folder holds the model that a run ends with, whole."""
-    finish_move(output_dir)
-    if what_is_damaged(output_dir, SAVED) is not None:
-        return False
-    return load_json(os.path.join(output_dir, SAVED)).get("run") == json.loads(json.dumps(run))
-
-
-def keep_best(step: int, checkpoint: str, output_dir: str) -> bool:
-    """Sees to it that `BEST` in a run's folder holds the model of a step; whether it does.
-
-    Where it is not there it is copied from the run of the checkpoint: its best model, its checkpoint of that step, or the
-    model that it ended with.
-    """
-    run, target = os.path.dirname(os.path.abspath(checkpoint)), os.path.join(output_dir, BEST)
-    if _files_of_model(target, step):
-        return True
-    for source in (os.path.join(run, BEST), os.path.join(run, f"checkpoint-{step}"), run):
-        if names := _files_of_model(source, step):
-            with atomic_folder(target) as folder:
-                for name in names:
-                    os.makedirs(os.path.dirname(os.path.join(folder, name)), exist_ok=True)
-                    shutil.copyfile(os.path.join(source, name), os.path.join(folder, name))
-                note_saved(folder, step)
-            return True
-    return False
-
-
-def _files_of_model(folder: str, step: int) -> list[str]:
-    """Names of the files of the model of a step; none where the folder does not hold it whole."""
-    if what_is_damaged(folder) is None:  # a checkpoint, whose name says its step
-        files = load_json(os.path.join(folder, MANIFEST))["files"]
-        return [name for name in files if not name.startswith(f"{STATE}/")]
-    if what_is_damaged(folder, SAVED) is not None:
-        return []
-    saved = load_json(os.path.join(folder, SAVED))
-    others = saved.get("others")
-    is_whole = isinstance(others, list) and all(
-        isinstance(name, str) and is_inside(name) and os.path.isfile(os.path.join(folder, name)) for name in others
-    )
-    return [*saved["files"], *others] if is_whole and saved["files"] and saved.get("step") == step else []
 
 
 # ---- the state of training
@@ -391,16 +177,6 @@ def read_optimizer(folder: str) -> "dict[str, torch.Tensor]":
         return load_file(path) if os.path.exists(path) else {}
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
-
-
-def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two nested mappings differ, each as `name: old -> new`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        found = []
-        for key in [*old, *(key for key in new if key not in old)]:
-            found += differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
-        return found
-    return [] if old == new else [f"{name}: {old} -> {new}"]
 
 
 def optimizer_tensors(encoder: "torch.nn.Module", optimizer: Any) -> "dict[str, torch.Tensor]":
@@ -489,104 +265,3 @@ def set_random_state(state: Mapping[str, Any], device: "torch.device") -> None:
         random.setstate((version, tuple(internal), next_gauss))
     except (LookupError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise ValueError(f"the checkpoint's random generators are damaged ({error})") from None
-
-
-# ---- signals
-
-SAME_PRESS_SECONDS = 0.5
-"""A terminal and a launcher may both pass one Ctrl-C on, within milliseconds; nobody means two by two as fast as this."""
-
-
-class StopSignals:
-    """Notes SIGTERM, SIGUSR1 and Ctrl-C, so that the loop can save and stop; a second one ends the process at once.
-
-    SLURM sends SIGTERM and SIGUSR1 before it preempts a job or its time is over; preempting, it sends one signal twice
-    within milliseconds, so either of them within `repeat_seconds` of the first is taken for the same. Ctrl-C (SIGINT) is
-    somebody's wish: a second one counts after `SAME_PRESS_SECONDS`. So does SIGTERM after it, which is what torchrun makes of
-    a second Ctrl-C. Where SIGINT is ignored, as in a script's background, it stays so.
-    """
-
-    def __init__(self, repeat_seconds: float = 3.0) -> None:
-        self.number = 0
-        self.repeat_seconds, self._at = repeat_seconds, 0.0
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            if number != signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
-
-    @property
-    def received(self) -> str | None:
-        """Name of the first signal."""
-        return signal.Signals(self.number).name if self.number else None
-
-    def _note(self, number: int, frame: Any) -> None:
-        if not self.number:
-            self.number, self._at = number, time.monotonic()
-            if number == signal.SIGINT:
-                _tell("finishing the step, then saving; Ctrl-C again stops at once")
-            return
-        of_person = signal.SIGINT in (number, self.number)
-        if time.monotonic() - self._at > (SAME_PRESS_SECONDS if of_person else self.repeat_seconds):
-            os._exit(128 + number)
-
-
-@contextmanager
-def interruptible(
-    kept: str | Callable[[], str] = "", signals: Sequence[signal.Signals] = (signal.SIGINT,)
-) -> Iterator[None]:
-    """Ends the program with one line and status 130 where Ctrl-C was pressed, cleaning up; a second one ends it at once.
-
-    So it ends, with status 1, where a file cannot be read or written (a full disk, a folder that was removed), and where
-    another process of the run has so ended.
-
-    Args:
-        kept: what the line says besides, such as how to go on.
-        signals: those that are taken so; the status of another one is 128 and its number.
-    """
-    pressed: list[float] = []
-    first = signal.SIGINT
-
-    def interrupt(number: int, frame: Any) -> None:
-        nonlocal first
-        pressed.append(time.monotonic())
-        if len(pressed) == 1:
-            first = signal.Signals(number)
-            raise KeyboardInterrupt
-        if pressed[-1] - pressed[0] > SAME_PRESS_SECONDS:
-            kill_children()
-            os._exit(128 + number)
-
-    taken = [number for number in signals if signal.getsignal(number) != signal.SIG_IGN]
-    for number in taken:
-        signal.signal(number, interrupt)
-    try:
-        yield
-        for number in taken:  # all is done: an interpreter that ends could only answer with a traceback
-            signal.signal(number, signal.SIG_DFL)
-    except BaseException as error:
-        # Whatever comes of it: FAISS and gloo, interrupted or left by another process, raise errors of their own.
-        # As gloo says it, where the other process has said why.
-        is_left = isinstance(error, RuntimeError) and re.search("Connection (closed|reset) by peer", str(error))
-        if not pressed and not is_left and not isinstance(error, OSError):
-            raise
-        if pressed:
-            status, said = 128 + first, f"stopped by {'Ctrl-C' if first == signal.SIGINT else first.name}"
-            what = kept if isinstance(kept, str) else kept()
-        elif is_left:
-            status, said, what = 1, "error: another process of this run has ended", ""
-        else:
-            status, said = 1, f"error: {error}"
-            what = "" if isinstance(kept, str) else kept()  # nobody has looked how far it had come
-        _tell(f"{said}{f'; {what}' if what else ''}", by_all=not pressed)
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:  # gloo's threads would abort an interpreter that ends
-            sys.stdout.flush()
-            unlock_outputs()
-            os._exit(status)
-        raise SystemExit(status) from None
-
-
-def _tell(text: str, *, by_all: bool = False) -> None:
-    """One line on stderr, of the first process of a machine or of all; written at once, as a signal's handler has to."""
-    if by_all or os.environ.get("LOCAL_RANK", "0") == "0":
-        line = f"\n{os.path.basename(sys.argv[0])}: {printable(text)}\n"  # below what the terminal shows of the key, or a bar
-        with suppress(OSError):
-            os.write(2, line.encode(errors="replace"))

@@ -206,7 +206,7 @@ def known_to_any(query_ids: Sequence[int], pairs: np.ndarray) -> list[list[int]]
     """For each query the ids of all passages that any row of the batch knows to answer it.
 
     Args:
-        query_ids: of the local queries (`data.text_id`).
+        query_ids: of the local queries (`data.reading.text_id`).
         pairs: (n, 2) ids of a query and of one of its known positives, of all rows of the global batch.
     """
     known: dict[int, set[int]] = {query: set() for query in query_ids}
@@ -222,7 +222,7 @@ def known_positive_pairs(
     """Where the scores of a batch meet a known positive that is not the target.
 
     Args:
-        known_ids: for each local query the ids (`data.text_id`) of all its known positives.
+        known_ids: for each local query the ids (`data.reading.text_id`) of all its known positives.
         passage_ids: (passages,) ids of the passages of the global batch.
         group_size, first_query: as in `contrastive_loss`.
 

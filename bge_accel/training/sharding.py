@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from bge_accel.data.reading import load_json
+from bge_accel.files.parsing import load_json
 
 if TYPE_CHECKING:
     import torch

@@ -110,7 +110,7 @@ def embed_and_backward(
     Args:
         encoder: maps what `encoder_inputs` gives to embeddings (texts, dim); may be wrapped by DDP or sharded.
         loss_fn: from the embeddings (num_texts, dim), in the order of the texts, to (loss, anything to return).
-        packed_for: configuration of an encoder that takes texts without padding (`unpadded.use_kernel`); None pads.
+        packed_for: configuration of an encoder that takes texts without padding (`kernels.packed.use_kernel`); None pads.
         activations: which graphs are kept; the rest is recomputed, with the same dropout. The gradient is the same.
             By default all are kept.
         scale_loss: applied before differentiating: loss scaling, division by accumulation steps.

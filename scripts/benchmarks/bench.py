@@ -34,7 +34,7 @@ from statistics import median
 from typing import Any
 
 from bge_accel.config import option, parse_config, user_errors
-from bge_accel.processes.group import atomic_file
+from bge_accel.files.atomic import atomic_file
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = {"FlagEmbedding": "FlagEmbedding", "sentence-transformers": "sentence-transformers", "FAISS": "faiss-cpu"}

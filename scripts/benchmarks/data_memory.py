@@ -18,7 +18,8 @@ import time
 from dataclasses import dataclass
 
 from bge_accel.config import option, parse_config, required
-from bge_accel.training.checkpoint import STATE, read_state, write_manifest
+from bge_accel.training.checkpoint import read_state
+from bge_accel.training.manifest import STATE, write_manifest
 
 FINETUNE = os.path.join(os.path.dirname(__file__), "..", "finetune.py")
 

@@ -28,8 +28,8 @@ from typing import Any
 import numpy as np
 
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.data.reading import Faults
 from bge_accel.evaluation.sets import corpus_rows
+from bge_accel.files.faults import Faults
 
 
 @dataclass(kw_only=True)
@@ -47,10 +47,11 @@ class Config:
 def main(cfg: Config) -> None:
     import torch
 
-    from bge_accel.encoding.batching import tokenize
     from bge_accel.encoding.embedding_model import EmbeddingModel
+    from bge_accel.kernels.onednn import cpu_has_bf16
     from bge_accel.models.flops import flops_per_token, matmul_rate
-    from bge_accel.models.precision import cpu_has_bf16, cpu_is_faster_in_bf16, default_device
+    from bge_accel.models.precision import cpu_is_faster_in_bf16, default_device
+    from bge_accel.models.tokenizing import tokenize
 
     device = default_device()
     with user_errors():

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 from bge_accel.config import option, parse_config, required, user_errors
-from bge_accel.processes.group import atomic_file
+from bge_accel.files.atomic import atomic_file
 
 TOOLS = ("bge_accel", "FlagEmbedding", "sentence-transformers")
 

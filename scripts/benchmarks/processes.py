@@ -64,7 +64,7 @@ def write_rows(folder: Path) -> str:
 
 def busiest(cfg: Config, rows: TrainingRows, tokenizer: object, processes: int, queries: int) -> tuple[float, float]:
     """Tokens of the busiest process beside the mean, averaged over batches: as rows come, and as they are shared."""
-    from bge_accel.encoding.batching import tokenize
+    from bge_accel.models.tokenizing import tokenize
 
     order, draw = RowOrder(len(rows), seed=0), {"seed": 0, "group_size": cfg.group_size}
     lengths = {"query_max_len": cfg.query_max_len, "passage_max_len": cfg.passage_max_len}

@@ -23,8 +23,11 @@ from bge_accel.data.examples import (
     equal_shares,
     expected_tokens,
 )
-from bge_accel.data.reading import Faults, check_training_row, find_files, read_rows, shorten, text_id
+from bge_accel.data.reading import check_training_row, read_rows, text_id
 from bge_accel.data.rows import TrainingRows
+from bge_accel.files.faults import Faults
+from bge_accel.files.finding import find_files
+from bge_accel.files.text import shorten
 
 GOOD = {"query": "who", "pos": ["king"], "neg": ["queen", "jack"]}
 

@@ -18,8 +18,8 @@ from pyarrow import parquet
 
 from bge_accel.data import rows as rows_module
 from bge_accel.data.examples import draw_example
-from bge_accel.data.reading import shown_name
 from bge_accel.data.rows import TrainingRows, join_known_positives
+from bge_accel.files.text import shown_name
 
 FULL = {"query": "who 检索 😀", "pos": ["king", "a king"], "neg": ["queen"], "pos_scores": [0.25, 2.0], "neg_scores": [-1.5],
         "prompt": "ask: "}  # fmt: skip

@@ -6,19 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from test_unpadded import build
+from helpers.models import build
 
 from bge_accel.encoding.batching import (
     default_token_budget,
     make_token_batch,
     plan_micro_batches,
     split_micro_batches,
-    tokenize,
     tokens_that_fit,
 )
-from bge_accel.encoding.embedding_model import tokenize_and_count
+from bge_accel.encoding.pipeline import tokenize_and_count
 from bge_accel.kernels import onednn
 from bge_accel.kernels import packed as unpadded
+from bge_accel.models.tokenizing import tokenize
 
 
 def cost_of(groups, overhead, multiple=1):

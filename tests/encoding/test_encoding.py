@@ -12,19 +12,12 @@ import pytest
 import torch
 
 from bge_accel import EmbeddingModel, FlagModel
-from bge_accel.encoding import embedding_model as encoding
-from bge_accel.encoding.batching import tokenize
-from bge_accel.encoding.embedding_model import (
-    EncodingCounts,
-    encode_texts,
-    is_out_of_memory,
-    prefetch,
-    tokenize_and_count,
-    tokenizer_digest,
-    weights_digest,
-)
+from bge_accel.encoding import embedding_model, pipeline, storing
+from bge_accel.encoding.pipeline import EncodingCounts, encode_texts, is_out_of_memory, prefetch, tokenize_and_count
+from bge_accel.encoding.storing import tokenizer_digest, weights_digest
 from bge_accel.models.encoder import load_encoder, save_encoder
-from bge_accel.processes import group as jobs
+from bge_accel.models.tokenizing import tokenize
+from bge_accel.processes import progress
 
 TEXTS = [
     "what is a list?",
@@ -37,6 +30,12 @@ TEXTS = [
     "x " * 300,
 ]
 TEXTS += [f"{'value ' * (number % 7)}string {number}" for number in range(22)]
+
+
+def set_window(monkeypatch, size):
+    """So many texts are sorted by length together."""
+    for module in (embedding_model, pipeline, storing):
+        monkeypatch.setattr(module, "WINDOW", size)
 
 
 @pytest.fixture(scope="module")
@@ -146,16 +145,16 @@ def test_order_and_batches_change_nothing(model, one_by_one, batch_size):
 
 @pytest.mark.parametrize("window", [1, 7, 30, 31])
 def test_windows_change_nothing(model, one_by_one, window, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", window)
+    set_window(monkeypatch, window)
     assert close(model.encode(TEXTS), one_by_one)
 
 
 def test_windows_that_come_late_are_all_there_and_in_order(model, one_by_one, monkeypatch):
     """As from a GPU: a window is given out when the next has been computed."""
-    monkeypatch.setattr(encoding, "_is_late", lambda device: True)
+    monkeypatch.setattr(pipeline, "_is_late", lambda device: True)
     for num_windows in range(4):
         computed, windows = [], [(number, TEXTS[number : number + 5]) for number in range(num_windows)]
-        found = encoding.encode_windows(
+        found = pipeline.encode_windows(
             model.encoder, model.tokenizer, windows, max_length=128, on_texts=computed.append
         )
         for number, (key, window) in enumerate(found):
@@ -165,11 +164,11 @@ def test_windows_that_come_late_are_all_there_and_in_order(model, one_by_one, mo
 
 
 def test_several_gpus_name_the_command_that_uses_them(folder, monkeypatch):
-    assert encoding.line_for_all_gpus() is None
+    assert embedding_model.line_for_all_gpus() is None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     monkeypatch.setattr("sys.argv", ["scripts/encode_corpus.py", "--output_dir", "a b"])
     launch = "accelerate launch --multi_gpu --num_processes 4 scripts/encode_corpus.py"
-    assert encoding.line_for_all_gpus().endswith(f"{launch} --output_dir 'a b'")
+    assert embedding_model.line_for_all_gpus().endswith(f"{launch} --output_dir 'a b'")
     monkeypatch.setattr("sys.argv", ["mine.py", "--x"])
     with pytest.warns(UserWarning, match=f"4 GPUs are here and one is used.*{launch} --model_name_or_path MODEL"):
         EmbeddingModel(folder)
@@ -177,7 +176,7 @@ def test_several_gpus_name_the_command_that_uses_them(folder, monkeypatch):
         warnings.simplefilter("error")
         EmbeddingModel(folder, device="cpu")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert encoding.line_for_all_gpus() is None
+    assert embedding_model.line_for_all_gpus() is None
 
 
 @pytest.fixture
@@ -216,7 +215,7 @@ def test_batches_change_nothing_for_the_last_token(folder, one_by_one):
 
 
 def test_encoding_is_silent_unless_asked(model, capfd, monkeypatch):
-    monkeypatch.setattr(jobs, "LOG_SECONDS", 0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0)
     model.encode(TEXTS)
     assert capfd.readouterr() == ("", "")
     model.encode_queries(TEXTS, show_progress=True)
@@ -349,7 +348,7 @@ def small_memory(model):
 
 
 def test_out_of_memory_halves_the_budget_and_goes_on(model, one_by_one, small_memory, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", 100)
+    set_window(monkeypatch, 100)
     counts, many = EncodingCounts(), TEXTS * 10
     with pytest.warns(RuntimeWarning, match=r"out of memory with [\d,]+ tokens in a micro-batch: at most") as warned:
         ours = encode_texts(model.encoder, model.tokenizer, many, max_length=128, counts=counts)
@@ -401,7 +400,7 @@ def test_tokens_are_those_of_the_tokenizer(model, real_model, max_length):
 
 
 def test_a_saved_corpus_is_what_encoding_gives_and_is_not_encoded_again(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(encoding, "WINDOW", 8)
+    set_window(monkeypatch, 8)
     model = EmbeddingModel(folder, device="cpu", passage_max_length=20)
     store = model.save_corpus(str(tmp_path / "s"), TEXTS, batch_size=3, shard_size=16)
     np.testing.assert_array_equal(store[:], model.encode_corpus(TEXTS, batch_size=3))

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_unpadded import build, padded
-from warm_start import Job
+from helpers.models import build, padded
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.encoding.transfer import encoder_inputs, to_device, to_host
 from bge_accel.kernels import packed as unpadded
@@ -58,7 +59,7 @@ def test_no_step_waits_but_the_one_that_is_logged(tiny_model: str, tmp_path: Pat
     """As many numbers are asked for in 9 steps as in 3: the log's. Known positives are met and masked."""
     rows = [{"query": f"king {i % 5}", "pos": [f"the story of {i % 5}"], "neg": [f"a list {i}"]} for i in range(24)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    spies = [Path(__file__).with_name("spy_waits.py")]
+    spies = [REPO / "tests" / "helpers" / "spy_waits.py"]
     if tiles:  # a loss in tiles, as large batches have it
         small = tmp_path / "small_tiles.py"
         small.write_text(

@@ -5,8 +5,8 @@ import json
 
 import numpy as np
 import pytest
-from conftest import REPO
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.evaluation.comparison import choose_metric, paired_differences, verdict
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from bge_accel.data.reading import Faults
 from bge_accel.evaluation.retrieval import (
     choose_cutoffs,
     evaluate_embeddings,
@@ -16,7 +15,8 @@ from bge_accel.evaluation.retrieval import (
     ranking_rows,
 )
 from bge_accel.evaluation.sets import read_corpus, read_evaluation_data, read_qrels
-from bge_accel.models.card import metrics_table, moved_into_top, side_by_side_table
+from bge_accel.evaluation.tables import metrics_table, moved_into_top, side_by_side_table
+from bge_accel.files.faults import Faults
 
 
 class HashingEncoder:

@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conftest import REPO, build_tiny_model
-from warm_start import Job
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.encoding.store import EmbeddingStore
 from bge_accel.evaluation.retrieval import _recall_over_processes

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import pytrec_eval
-from test_metrics import as_arrays, random_case
+from helpers.rankings import as_arrays, random_case
 
 from bge_accel.evaluation.metrics import metric_folder, retrieval_metrics
 

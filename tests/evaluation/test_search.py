@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO
-from warm_start import FORKS
+from helpers.repo import REPO
+from helpers.warm_start import FORKS
 
 from bge_accel.encoding.store import EmbeddingStore, Manifest, ShardWriter, prepare_store
 from bge_accel.evaluation import search as search_module

@@ -5,12 +5,12 @@ import gzip
 import numpy as np
 import pytest
 import pytrec_eval
-from test_metrics import random_case
+from helpers.rankings import random_case
 
-from bge_accel.data.reading import Faults
 from bge_accel.evaluation.retrieval import evaluate_embeddings, evaluate_run
 from bge_accel.evaluation.sets import read_evaluation_data
 from bge_accel.evaluation.trec import judged_ids, read_run, run_lines
+from bge_accel.files.faults import Faults
 
 
 def read(path):

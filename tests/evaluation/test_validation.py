@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import build_tiny_model
-from test_finetune_script import write_rows
-from test_resume import LATEST, ON_CPU, SPY_ROWS, Start, data, launched_by, start  # noqa: F401  (fixtures)
+from helpers.models import build_tiny_model
+from helpers.resuming import LATEST, ON_CPU, SPY_ROWS, Start, data, launched_by, start  # noqa: F401  (fixtures)
+from helpers.runs import write_rows
 
 from bge_accel.evaluation.in_training import DEPTH, Best, data_of_rows, encode_together, read_eval_sets
 from bge_accel.evaluation.metrics import retrieval_metrics

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from warm_start import Job
+from helpers.repo import Run
+from helpers.warm_start import Job
 
 from bge_accel.files.lock import is_empty, locked
 
@@ -129,7 +129,7 @@ def test_a_second_run_is_refused_before_it_writes(
     """Each of its processes ends, with status 2; the first speaks."""
     before = sorted(folder.rglob("*"))
     args = SCRIPTS[script][0].replace("MODEL", tiny_model).split()
-    path = Path(__file__).parent.parent / "scripts" / script
+    path = Path(__file__).parents[2] / "scripts" / script
     said = Job(*args, cwd=folder, script=path, processes=processes, output=folder.parent / f"{script}.out").ends(2)
     assert said.count(f"process {holder.pid} on {socket.gethostname()}") == 1 and "Traceback" not in said, said
     assert sorted(folder.rglob("*")) == before

@@ -5,9 +5,9 @@ import os
 import runpy
 import sys
 
-import bge_accel.encoding.batching
+import bge_accel.models.tokenizing
 
-true_tokenize = bge_accel.encoding.batching.tokenize
+true_tokenize = bge_accel.models.tokenizing.tokenize
 rank = os.environ.get("RANK", "0")
 
 
@@ -17,7 +17,7 @@ def note(tokenizer, texts, max_length):
     return true_tokenize(tokenizer, texts, max_length)
 
 
-bge_accel.encoding.batching.tokenize = note
+bge_accel.models.tokenizing.tokenize = note
 sys.argv = sys.argv[1:]
 sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))
 runpy.run_path(sys.argv[0], run_name="__main__")

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import REPO
+from helpers.repo import REPO
 from tqdm import tqdm
 
 SCRIPT = REPO / "scripts" / "finetune.py"

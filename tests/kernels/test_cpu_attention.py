@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_unpadded import build, padded
+from helpers.models import build, padded
 
 from bge_accel.kernels import cpu_attention
 from bge_accel.kernels.cpu_attention import attend, attend_packed, split_into_blocks, use_cpu_attention

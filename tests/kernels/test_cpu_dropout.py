@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import Run
-from test_finetune_script import log, write_rows
-from test_unpadded import build, padded
+from helpers.models import build, padded
+from helpers.repo import Run
+from helpers.runs import log, write_rows
 
 from bge_accel.encoding.batching import make_token_batch
 from bge_accel.kernels import cpu_attention
@@ -17,7 +17,8 @@ from bge_accel.kernels import dropout as cpu_dropout
 from bge_accel.kernels import packed as unpadded
 from bge_accel.kernels.cpu_attention import use_cpu_attention
 from bge_accel.kernels.dropout import KeepMask, drop, use_cpu_dropout
-from bge_accel.models.encoder import Encoder, enable_gradient_checkpointing, load_encoder, save_encoder
+from bge_accel.models.compiling import enable_gradient_checkpointing
+from bge_accel.models.encoder import Encoder, load_encoder, save_encoder
 from bge_accel.training.step import ActivationBudget, embed_and_backward
 
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_finetune_script import assert_same_weights, write_rows
-from test_unpadded import build, padded
-from warm_start import Job
+from helpers.models import build, padded
+from helpers.runs import assert_same_weights, write_rows
+from helpers.warm_start import Job
 
 from bge_accel.kernels import in_place_gradients, onednn
 from bge_accel.kernels.in_place_gradients import add_gradients_in_place

@@ -5,13 +5,14 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_tiny_model
-from test_unpadded import build, padded
+from helpers.models import build, build_tiny_model, padded
 
 from bge_accel import EmbeddingModel
 from bge_accel.kernels import last_layer
 from bge_accel.kernels import packed as unpadded
-from bge_accel.models.encoder import Encoder, enable_gradient_checkpointing, load_encoder, pool
+from bge_accel.models.compiling import enable_gradient_checkpointing
+from bge_accel.models.encoder import Encoder, load_encoder
+from bge_accel.models.pooling import pool
 
 LENGTHS = ([5, 1, 12, 12, 3], [7], [1], [4, 4])
 

@@ -6,14 +6,14 @@ from threading import Event
 import numpy as np
 import pytest
 import torch
-from test_unpadded import build
+from helpers.models import build
 
 from bge_accel import EmbeddingModel
-from bge_accel.encoding import embedding_model as encoding
+from bge_accel.encoding import pipeline
 from bge_accel.kernels import packed_linear
 from bge_accel.kernels.in_place_gradients import add_gradients_in_place, is_linear
+from bge_accel.kernels.onednn import cpu_has_bf16
 from bge_accel.kernels.packed_linear import PackedLinears
-from bge_accel.models.precision import cpu_has_bf16
 
 TEXTS = [f"the king and {'the story ' * (number % 11)}{number}" for number in range(40)]
 
@@ -75,7 +75,7 @@ def test_weights_changed_between_calls_are_seen(tiny_model, packing, monkeypatch
 
 def test_nothing_is_left_on_the_model(tiny_model, packing):
     model = EmbeddingModel(tiny_model, device="cpu")
-    windows = encoding.encode_windows(model.encoder, model.tokenizer, [(0, TEXTS), (1, TEXTS)], max_length=64)
+    windows = pipeline.encode_windows(model.encoder, model.tokenizer, [(0, TEXTS), (1, TEXTS)], max_length=64)
     next(windows)  # between windows a caller may train
     linears = [module for module in model.encoder.modules() if isinstance(module, torch.nn.Linear)]
     assert packing and len(linears) > 10 and not any("forward" in linear.__dict__ for linear in linears)

@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import Run, build_tiny_model
-from test_finetune_script import assert_same_weights, log, write_rows
+from helpers.models import build, build_tiny_model, padded
+from helpers.repo import Run
+from helpers.runs import assert_same_weights, log, write_rows
 
 from bge_accel import EmbeddingModel
 from bge_accel.kernels import onednn
@@ -18,28 +19,6 @@ from bge_accel.kernels import packed as unpadded
 from bge_accel.models.encoder import Encoder, load_encoder
 
 LENGTHS = ([5, 1, 12, 12, 3], [7], [1], [4, 4], [20, 2])
-
-
-def build(family, dtype=torch.float64, **settings):
-    """An encoder's backbone of two layers with random weights, as its family's own code makes it."""
-    from transformers import AutoConfig, AutoModel
-
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    sizes |= {"vocab_size": 50, "max_position_embeddings": 40}
-    sizes |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    config = AutoConfig.for_model(family, **(sizes | settings))
-    return AutoModel.from_config(config, dtype=dtype).eval()
-
-
-def padded(lengths, config, side="right"):
-    generator = torch.Generator().manual_seed(1)
-    width = max(lengths)
-    mask = torch.zeros(len(lengths), width, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        mask[row, slice(length) if side == "right" else slice(width - length, width)] = 1
-    ids = torch.randint(5, 50, mask.shape, generator=generator)
-    return {"input_ids": torch.where(mask.bool(), ids, config.pad_token_id), "attention_mask": mask}
 
 
 @pytest.mark.parametrize("family", unpadded.MODEL_TYPES)
@@ -82,7 +61,7 @@ def test_a_row_is_filled_up_for_the_products_of_a_cpu(rounded):
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
 def test_gradients_are_those_of_padded_texts(pooling, checkpointing, kernel, rounded):
-    from bge_accel.models.encoder import enable_gradient_checkpointing
+    from bge_accel.models.compiling import enable_gradient_checkpointing
 
     gradients = []
     for way in ("padded", kernel):
@@ -232,7 +211,7 @@ def test_states_are_padded_again():
 ON_A_GPU = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
-from test_unpadded import build, padded
+from helpers.models import build, padded
 from bge_accel.kernels import packed as unpadded
 from bge_accel.models.encoder import Encoder
 for dtype in (torch.float16, torch.bfloat16):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_model
+from helpers.models import build_tiny_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import (

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import build_tiny_model
 
 from bge_accel import EmbeddingModel
-from bge_accel.data.reading import Faults
-from bge_accel.encoding.batching import TOKENIZING
 from bge_accel.encoding.reranker import Reranker
 from bge_accel.evaluation.search import build_index, search
+from bge_accel.files.faults import Faults
 from bge_accel.mining.choice import (
     Choice,
     QueryGroups,
@@ -24,12 +22,11 @@ from bge_accel.mining.choice import (
     clean_ranking,
     draw,
     parse_range,
-    plot_histogram,
     random_texts,
     rank_targets,
     score_filters,
-    text_histogram,
 )
+from bge_accel.mining.histogram import plot_histogram, text_histogram
 from bge_accel.mining.pool import (
     KnownPositives,
     TextPool,
@@ -41,6 +38,7 @@ from bge_accel.mining.pool import (
     text_keys,
     write_pool,
 )
+from bge_accel.models.tokenizing import TOKENIZING
 
 WORDS = "king Queen forest ｒｉｖｅｒ castle gold Apple wolf bread Straße stone".split()
 
@@ -373,18 +371,6 @@ def test_ranks_equal_brute_force_in_float64(tiny_model, tmp_path):
 
 
 # ---- cross-encoder
-
-
-@pytest.fixture(scope="module")
-def tiny_reranker(tmp_path_factory) -> str:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("models") / "reranker"
-    build_tiny_model(folder)
-    config = BertConfig.from_pretrained(folder, num_labels=1, initializer_range=0.5)
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return str(folder)
 
 
 def test_reranker_scores_pairs_as_one_by_one(tiny_reranker):

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Run, build_tiny_model
-from test_finetune_script import assert_same_weights, log, write_rows
+from helpers.models import build_tiny_model
+from helpers.repo import Run
+from helpers.runs import assert_same_weights, log, write_rows
 
 from bge_accel.encoding.batching import make_token_batch
-from bge_accel.models.encoder import MOST_PROGRAMS, compile_layers, load_encoder
+from bge_accel.models.compiling import MOST_PROGRAMS, compile_layers
+from bge_accel.models.encoder import load_encoder
 from bge_accel.training.losses import contrastive_loss
 from bge_accel.training.step import ActivationBudget, embed_and_backward
 

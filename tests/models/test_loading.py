@@ -8,16 +8,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, build_tiny_model
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 from safetensors.torch import load_file, save_file
-from warm_start import Job
 
 from bge_accel import mix_models
-from bge_accel.encoding.batching import make_token_batch, tokenize
-from bge_accel.encoding.embedding_model import EmbeddingModel, FlagModel, encode_texts, weights_digest
+from bge_accel.encoding.batching import make_token_batch
+from bge_accel.encoding.embedding_model import EmbeddingModel, FlagModel
+from bge_accel.encoding.pipeline import encode_texts
 from bge_accel.encoding.reranker import Reranker
+from bge_accel.encoding.storing import weights_digest
 from bge_accel.encoding.transfer import encoder_inputs
 from bge_accel.models.encoder import load_encoder, save_encoder
+from bge_accel.models.tokenizing import tokenize
 
 TEXTS = ["what is a list?", "the king", "a princess and the king in a story"]
 ROWS = [{"query": f"the king {i}", "pos": [f"a king story {i}"], "neg": [f"list {i}", f"file {i}"]} for i in range(4)]

@@ -9,16 +9,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 
-from bge_accel.encoding.embedding_model import EmbeddingModel, encode_texts
-from bge_accel.models.encoder import (
-    EmbeddingSettings,
-    Encoder,
-    instruction_prefix,
-    load_encoder,
-    pool,
-    read_settings,
-    save_encoder,
-)
+from bge_accel.encoding.embedding_model import EmbeddingModel
+from bge_accel.encoding.pipeline import encode_texts
+from bge_accel.models.encoder import Encoder, load_encoder, save_encoder
+from bge_accel.models.pooling import pool
+from bge_accel.models.settings import EmbeddingSettings, instruction_prefix, read_settings
 
 TEXTS = [
     "what is a list?",

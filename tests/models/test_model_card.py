@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Run
+from helpers.repo import Run
+from helpers.runs import log, write_rows
 from huggingface_hub import ModelCard
-from test_finetune_script import log, write_rows
 
 from bge_accel import mix_models
 from bge_accel.models.card import license_of, model_card
-from bge_accel.models.encoder import EmbeddingSettings
+from bge_accel.models.settings import EmbeddingSettings
 
 INSTRUCTION = 'Find "it":\n\\ 的 '
 WAYS = ["bge_accel", "sentence-transformers", "transformers", "LangChain"]

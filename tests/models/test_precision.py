@@ -3,14 +3,9 @@
 import pytest
 import torch
 
+from bge_accel.kernels.onednn import cpu_has_bf16
 from bge_accel.models import precision
-from bge_accel.models.precision import (
-    choose_precision,
-    cpu_has_bf16,
-    cpu_is_faster_in_bf16,
-    default_device,
-    resolve_dtype,
-)
+from bge_accel.models.precision import choose_precision, cpu_is_faster_in_bf16, default_device, resolve_dtype
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.encoding.store import EmbeddingStore
 
@@ -180,7 +180,7 @@ def test_the_demonstration_ends_with_what_it_runs(folder: Path, number: int) -> 
 
 CLINGS = """
 import signal, subprocess, sys, time
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.processes.signals import interruptible
 from bge_accel.processes.children import run_child
 with interruptible("nothing"):
     try:
@@ -206,7 +206,7 @@ def test_a_second_one_ends_it_at_once_with_its_child(tmp_path: Path) -> None:
 
 def test_one_after_the_end_brings_no_traceback() -> None:
     """All is done, and the interpreter is about to end."""
-    code = "import os, signal\nfrom bge_accel.training.checkpoint import interruptible\nwith interruptible():\n    print('done', flush=True)"
+    code = "import os, signal\nfrom bge_accel.processes.signals import interruptible\nwith interruptible():\n    print('done', flush=True)"
     code += "\nos.kill(os.getpid(), signal.SIGINT)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "done\n", "")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from conftest import REPO, Run
+from helpers.repo import REPO, Run
 from safetensors.numpy import load_file
 
 from bge_accel.config import parse_config

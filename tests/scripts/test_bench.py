@@ -8,7 +8,7 @@ from statistics import median
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 BENCH = REPO / "scripts" / "benchmarks" / "bench.py"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "data" / "build_code_search.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "data" / "build_code_search.py"
 FILES = {"train.jsonl", "corpus.jsonl", "queries.jsonl", "qrels.tsv", "README.md"}
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPO
+from helpers.repo import REPO
 
 from bge_accel.evaluation.sets import read_evaluation_data
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import REPO, build_tiny_model
-from warm_start import Job
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel import EmbeddingModel
 from bge_accel.encoding.store import EmbeddingStore, ShardWriter, digest_texts, prepare_store, read_manifest

@@ -5,10 +5,10 @@ import json
 
 import pytest
 import torch
-from conftest import REPO
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
-from bge_accel.models.card import moved_into_top
+from bge_accel.evaluation.tables import moved_into_top
 from bge_accel.models.encoder import load_encoder, save_encoder
 
 SCRIPT = "evaluate_retrieval.py"

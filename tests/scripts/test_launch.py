@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO, Run
-from test_finetune_script import log, write_rows
+from helpers.repo import REPO, Run
+from helpers.runs import log, write_rows
 
 CONFIGS = sorted((REPO / "configs" / "accelerate").glob("*.yaml"))
 # Of the same launcher and kind as another.
@@ -26,7 +26,7 @@ def finetune(tmp_path: Path, model: str, *launch: str, **env: str) -> subprocess
     """scripts/finetune.py behind tests/helpers/on_cpu.py, started by `launch`; two steps."""
     data = write_rows(tmp_path / "rows.jsonl", 16)
     command = [
-        *(*launch, REPO / "tests" / "on_cpu.py", REPO / "scripts" / "finetune.py"),
+        *(*launch, REPO / "tests" / "helpers" / "on_cpu.py", REPO / "scripts" / "finetune.py"),
         *("--model_name_or_path", model, "--train_data", data, "--output_dir", tmp_path / "out"),
         *("--max_steps", 2, "--per_device_train_batch_size", 4, "--train_group_size", 2, "--logging_steps", 1),
     ]
@@ -121,7 +121,7 @@ def test_deepspeed_files_as_others_have_them_work(tmp_path: Path, tiny_model: st
     data = write_rows(tmp_path / "rows.jsonl", 16)
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-        *(REPO / "tests" / "on_cpu.py", REPO / "scripts" / "finetune.py", "--deepspeed", "ds.json"),
+        *(REPO / "tests" / "helpers" / "on_cpu.py", REPO / "scripts" / "finetune.py", "--deepspeed", "ds.json"),
         *("--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", "out", "--max_steps", 2),
         *("--logging_steps", 1, "--train_group_size", 2, "--per_device_train_batch_size", 4, "--max_grad_norm", 0.5),
     ]
@@ -137,7 +137,7 @@ def test_float16_overflow_moves_neither_the_step_nor_the_schedule(tmp_path: Path
     """Sixteen batches under a loss scale that is far too high at first: some are skipped, the rest follow the schedule."""
     data = write_rows(tmp_path / "rows.jsonl", 64)
     command = [
-        *(sys.executable, REPO / "tests" / "on_cpu.py", REPO / "scripts" / "finetune.py"),
+        *(sys.executable, REPO / "tests" / "helpers" / "on_cpu.py", REPO / "scripts" / "finetune.py"),
         *("--model_name_or_path", tiny_model, "--train_data", data, "--output_dir", tmp_path / "out"),
         *("--max_steps", 16, "--per_device_train_batch_size", 4, "--train_group_size", 2, "--logging_steps", 1),
         *("--learning_rate", 1e-4, "--warmup_steps", 2, "--activation_memory_budget", 0.0002),

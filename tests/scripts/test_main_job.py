@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Run
+from helpers.repo import Run
 
 
 @pytest.mark.slow

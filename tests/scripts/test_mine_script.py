@@ -8,9 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import REPO, build_tiny_model
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel import EmbeddingModel
 from bge_accel.data.rows import TrainingRows
@@ -20,18 +19,6 @@ from bge_accel.mining.pool import normalise_text
 MINE, SCORE = REPO / "scripts" / "mine_hard_negatives.py", REPO / "scripts" / "score_with_reranker.py"
 WORDS = "king princess story list string file value return who what how".split()
 DOCUMENTED = "--range_for_sampling 2-200 --negative_number 15 --use_gpu_for_searching".split()
-
-
-@pytest.fixture(scope="session")
-def tiny_reranker(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from transformers import BertConfig, BertForSequenceClassification
-
-    folder = tmp_path_factory.mktemp("models") / "reranker"
-    build_tiny_model(folder)
-    config = BertConfig.from_pretrained(folder, num_labels=1, initializer_range=0.5)
-    torch.manual_seed(0)
-    BertForSequenceClassification(config).save_pretrained(folder)
-    return str(folder)
 
 
 def make_rows(count: int, seed: int = 0) -> list[dict]:

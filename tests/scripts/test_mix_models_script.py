@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import REPO, build_tiny_model
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 from safetensors.torch import load_file
-from warm_start import Job
 
 from bge_accel.config import parse_config
 from bge_accel.encoding.embedding_model import EmbeddingModel

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.evaluation.set_files import files_of_beir
-from bge_accel.processes.group import check_output
+from bge_accel.files.outputs import check_output
 
 ROWS = '{"query": "what is it", "pos": ["it is this"], "neg": ["it is that"]}\n'
 OUTPUTS = {

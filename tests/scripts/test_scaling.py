@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-REPO = Path(__file__).resolve().parents[1]
+REPO = Path(__file__).resolve().parents[2]
 paper = runpy.run_path(str(REPO / "scripts" / "benchmarks" / "scaling.py"))
 Config, step_cost, table = paper["Config"], paper["step_cost"], paper["table"]
 

@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import REPO, build_tiny_model
-from warm_start import Job
+from helpers.models import build_tiny_model
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
-SPY = REPO / "tests" / "spy_texts.py"
+SPY = REPO / "tests" / "helpers" / "spy_texts.py"
 SIZES = {"apple": 40, "bread": 20, "cedar": 9}
 
 

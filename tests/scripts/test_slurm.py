@@ -14,8 +14,8 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
-from conftest import REPO
-from test_finetune_script import write_rows
+from helpers.repo import REPO
+from helpers.runs import write_rows
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SEARCH_PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import REPO, Run
+from helpers.repo import REPO, Run
 
 
 def split(*args: object, cwd: Path, status: int = 0) -> subprocess.CompletedProcess:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from conftest import Run
-from test_finetune_script import log, write_rows
+from helpers.repo import Run
+from helpers.runs import log, write_rows
 
 event_accumulator = pytest.importorskip(
     "tensorboard.backend.event_processing.event_accumulator", reason="tensorboard is not installed"

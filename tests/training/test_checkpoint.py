@@ -16,37 +16,27 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import Run
+from helpers.repo import Run
 from safetensors.torch import load_file
 
+from bge_accel.files.atomic import atomic_folder, check_room, move_into, remove_checkpoint
+from bge_accel.files.changes import differences
 from bge_accel.models.encoder import load_encoder, save_encoder
+from bge_accel.processes.signals import StopSignals, interruptible
 from bge_accel.training.checkpoint import (
-    MANIFEST,
-    SAVED,
-    StopSignals,
-    atomic_folder,
-    check_room,
     choose_checkpoint,
-    differences,
     find_checkpoints,
-    interruptible,
-    is_complete,
-    keep_best,
     load_optimizer_tensors,
-    move_into,
-    note_complete,
-    note_saved,
     optimizer_tensors,
     random_state,
     read_state,
-    remove_checkpoint,
     remove_leftovers,
     room_for_run,
     set_random_state,
-    what_is_damaged,
-    write_manifest,
     write_state,
 )
+from bge_accel.training.manifest import MANIFEST, what_is_damaged, write_manifest
+from bge_accel.training.saved_model import SAVED, is_complete, keep_best, note_complete, note_saved
 
 CPU = torch.device("cpu")
 
@@ -120,7 +110,9 @@ def test_what_a_killed_run_left_is_not_mixed_in(tmp_path):
 # Kills a process at its 1st, 2nd, ... call of the operating system and tells what then lies in the folder.
 KILLED = """
 import json, os, shutil, sys
-from bge_accel.training.checkpoint import *
+from bge_accel.files.atomic import atomic_folder, remove_checkpoint
+from bge_accel.training.checkpoint import find_checkpoints, remove_leftovers
+from bge_accel.training.manifest import what_is_damaged, write_manifest
 folder, act = sys.argv[1:]
 path = f"{folder}/checkpoint-3"
 
@@ -765,7 +757,7 @@ def test_a_checkpoint_of_the_script_holds_no_pickle(tmp_path: Path, tiny_model: 
 
 WAITING = """
 import sys, time
-from bge_accel.training.checkpoint import StopSignals
+from bge_accel.processes.signals import StopSignals
 stop = StopSignals(repeat_seconds=float(sys.argv[1]))
 print(stop.received, flush=True)
 try:
@@ -839,7 +831,7 @@ def test_ctrl_c_that_is_ignored_stays_ignored():
 
 CLEANING_UP = """
 import time
-from bge_accel.training.checkpoint import interruptible
+from bge_accel.processes.signals import interruptible
 with interruptible("all is kept"):
     try:
         print("working", flush=True)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import REPO
+from helpers.repo import REPO
 
 PEERS = Path(os.environ.get("PEERS_PYTHON", REPO / ".venv-peers" / "bin" / "python"))
 TOOLS = REPO / "scripts" / "benchmarks" / "tools.py"

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Run
-from test_finetune_script import log, weights, write_rows
+from helpers.repo import Run
+from helpers.runs import log, weights, write_rows
 
+from bge_accel.kernels.onednn import cpu_has_bf16
 from bge_accel.models.encoder import load_encoder
-from bge_accel.models.precision import cpu_has_bf16
 from bge_accel.training.half_precision import Bf16Copy
 
 needs_bf16 = pytest.mark.skipif(

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from conftest import Run
+from helpers.repo import Run
 
 from bge_accel.data.sources import Source
 from bge_accel.training.plan import PlannedSource, RunPlan, plan_run, repeated_negatives

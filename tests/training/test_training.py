@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPO
-from warm_start import Job
+from helpers.repo import REPO
+from helpers.warm_start import Job
 
 from bge_accel.encoding.batching import make_token_batch
 from bge_accel.models.encoder import Encoder, load_encoder
@@ -124,7 +124,7 @@ def test_two_processes_give_the_gradient_of_one_with_the_whole_batch(
     # gradients do, and one sync too many (no_sync left out of the recomputation, or of the joint backward pass) hangs.
     if mode.startswith("zero"):
         pytest.importorskip("deepspeed", reason="DeepSpeed is not installed: pip install deepspeed")
-    script = Path(__file__).with_name("distributed_step.py")
+    script = REPO / "tests" / "helpers" / "distributed_step.py"
     how = {"cwd": tmp_path, "script": script, "processes": 2, "env": {"DS_ACCELERATOR": "cpu"}}
     Job(tiny_model, mode, tmp_path / "saved", **how).ends(timeout=300)
 

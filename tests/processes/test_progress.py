@@ -10,13 +10,13 @@ import sys
 import termios
 
 import pytest
-from conftest import REPO
+from helpers.repo import REPO
 
 LOOP = """
 import sys, time
-from bge_accel.processes import group as jobs
-jobs.LOG_SECONDS = {seconds}
-with jobs.progress({total}, "encoding", "text", shown={shown}) as bar:
+from bge_accel.processes import progress
+progress.LOG_SECONDS = {seconds}
+with progress.progress({total}, "encoding", "text", shown={shown}) as bar:
     for _ in range(4):
         time.sleep(0.05)
         bar.update(1000)
