@@ -1,7 +1,9 @@
 """Retrieval measured while a model trains: all processes encode together, with the model as it stands."""
 
 import os
+import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +16,10 @@ from bge_accel.processes.group import from_first, rank_and_world
 
 if TYPE_CHECKING:
     import torch
+
+    from bge_accel.training.engine import Engine
+    from bge_accel.training.log import TrainLog
+    from bge_accel.training.run_folder import Checkpoint, RunFolder
 
 # torch is imported where it is used: data are checked, and --help answers, without it.
 
@@ -199,3 +205,91 @@ def retrieval_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Evalua
         {"corpus": len(texts), "queries": len(queries), "judged_queries": len(queries), "positives": len(judged)},
         [],
     )
+
+
+class Evaluations:
+    """Retrieval on held-out data while a model trains: when, how well, and whether it is the best so far.
+
+    Args:
+        best: decides what is best; None where there is nothing to measure.
+        sets: what to measure on, by name.
+        every: steps between two measurements.
+        keeps_best: whether the best weights are kept, for the end of the run.
+        patience: measurements in a row that are not better after which the run ends; None for never.
+        compiled: whether the model's layers are; they are not compiled anew for what encoding does to them.
+    """
+
+    def __init__(
+        self,
+        best: "Best | None",
+        sets: Mapping[str, EvaluationData],
+        engine: "Engine",
+        log: "TrainLog",
+        folder: "RunFolder",
+        *,
+        tokenizer: Any,
+        encoding: EncodingSettings,
+        every: int,
+        on_start: bool,
+        keeps_best: bool,
+        patience: int | None,
+        compiled: bool,
+    ) -> None:
+        self.best, self.sets, self.engine, self.log, self.folder = best, sets, engine, log, folder
+        self.tokenizer, self.encoding, self.every, self.on_start = tokenizer, encoding, every, on_start
+        self.keeps_best, self.patience, self.compiled = keeps_best and best is not None, patience, compiled
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps."""
+        return self.best.state_dict() if self.best is not None else None
+
+    def restore(self, start: "Checkpoint") -> None:
+        """Goes on from a checkpoint. Where the best weights are gone, what is best is decided anew."""
+        best, state = self.best, start.state["best"]
+        if best is None or state is None:
+            return
+        best.load_state_dict(state)
+        if best.value is not None and self.keeps_best and not self.folder.keep_best(best.step, start):
+            self.engine.say(
+                f"warning: the best {best.metric} so far was {best.value:.4f}, but the weights of step {best.step} are "
+                "not there any more; what is best is decided among the measurements from here on"
+            )
+            best.forget()
+
+    def has_measured(self, step: int) -> bool:
+        """Whether nothing is left to measure after a step."""
+        return self.best is None or self.best.last_step == step
+
+    def is_due(self, step: int) -> bool:
+        """Whether it is time to measure after a step, or before the first."""
+        due = step % self.every == 0 if step else self.on_start
+        return due and not self.has_measured(step)
+
+    def measure(self, step: int) -> bool:
+        """Measures on each set, by all processes, into the log; whether the run's patience is at its end."""
+        import torch
+
+        from bge_accel.training.saved_model import BEST
+
+        best, say, num_steps = self.best, self.engine.say, self.log.num_steps
+        assert best is not None
+        started = time.perf_counter()
+        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+            metrics = {
+                name: evaluate_in_training(
+                    self.engine.model, self.tokenizer, data, self.encoding, device=self.engine.device
+                )
+                for name, data in self.sets.items()
+            }
+        seconds = time.perf_counter() - started
+        is_best = best.update(step, metrics)
+        shown = "  ".join(f"{name} {values[best.metric]:.4f}" for name, values in metrics.items())
+        say(f"step {step}/{num_steps}  {best.metric}: {shown}{'  (best so far)' if is_best else ''}  {seconds:.1f} s")
+        self.log.write_measurement(step, metrics, seconds)
+        if is_best and self.keeps_best:
+            self.folder.save_model(step, BEST)
+        self.log.leave_out(time.perf_counter() - started)
+        if self.patience is None or best.waited < self.patience or step == num_steps:
+            return False
+        say(f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}")
+        return True

@@ -27,6 +27,8 @@ class ContrastiveLoss(NamedTuple):
     query_losses: torch.Tensor
     query_correct: torch.Tensor
     """(queries,) each query's own part of the loss, and whether its positive scores highest."""
+    num_masked: int = 0
+    """Scores that were left out."""
 
 
 def contrastive_loss(
@@ -60,6 +62,7 @@ def contrastive_loss(
     Returns:
         The loss and its figures.
     """
+    num_masked = 0 if masked is None else len(masked[0])
     if max_scores is None:
         max_scores = 2**20 if q_emb.device.type == "cpu" else 2**24
     dtype = torch.float64 if q_emb.dtype == torch.float64 else torch.float32
@@ -91,7 +94,7 @@ def contrastive_loss(
             hardest_mean = hardest.where(met, 0).sum() / met.sum()
             correct = positive > hardest
     accuracy = correct.to(dtype).mean()
-    return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean, nll.detach(), correct)
+    return ContrastiveLoss(loss, accuracy, positive.mean(), hardest_mean, nll.detach(), correct, num_masked)
 
 
 def _plain_nll(

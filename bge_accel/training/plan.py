@@ -105,6 +105,26 @@ class RunPlan:
         """Passes over all rows; None where nobody knows how many rows there are."""
         return None if self.num_rows is None else self.num_batches * self.queries_per_batch / self.num_rows
 
+    def place_in_step(self, batch: int, *, ends_with_plan: bool) -> tuple[int, bool]:
+        """How many batches the step of a batch has, and whether it is the last of them.
+
+        Args:
+            ends_with_plan: whether the last step may have fewer.
+        """
+        place = batch % self.gradient_accumulation_steps
+        size = self.gradient_accumulation_steps
+        if ends_with_plan:
+            size = min(size, self.num_batches - (batch - place))
+        return size, place == size - 1
+
+    def epochs_after(self, num_batches: int, passes: Sequence[int]) -> float:
+        """Passes over all rows.
+
+        Args:
+            passes: of each stream, where nobody knows how many rows there are: the most counts.
+        """
+        return max(passes) if self.num_rows is None else num_batches * self.queries_per_batch / self.num_rows
+
     def met(self, source: int) -> str:
         """How many negatives a query of a source meets, in words."""
         least, most = self.negatives[source], self.negatives_of_full_batch[source]
