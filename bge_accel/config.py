@@ -95,6 +95,16 @@ def required(help: str, *, group: str = "") -> Any:
     return dataclasses.field(metadata={"help": help, "aliases": (), "group": group, "bounds": Bounds()})
 
 
+def options_from(record: type[T], config: Any, **others: Any) -> T:
+    """A record of options whose fields have the names of flags, taken from a script's settings.
+
+    Args:
+        others: fields that are no flags, or have another value.
+    """
+    names = {field.name for field in dataclasses.fields(record)} - set(others)  # type: ignore[arg-type]
+    return record(**{name: getattr(config, name) for name in names}, **others)
+
+
 def parse_config(
     config_class: type[T],
     argv: Sequence[str] | None = None,

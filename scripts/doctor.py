@@ -22,7 +22,7 @@ from typing import Any
 
 import finetune  # beside this file
 
-from bge_accel.config import option, parse_config, to_yaml, user_errors
+from bge_accel.config import option, options_from, parse_config, to_yaml, user_errors
 from bge_accel.data.sources import Source, find_sources, merge_small
 from bge_accel.files.outputs import check_output
 from bge_accel.processes.children import run_child
@@ -38,7 +38,7 @@ from bge_accel.reports.row_checks import (
     check_unknown_tokens,
     read_sample,
 )
-from bge_accel.training.plan import PlannedSource, RunPlan
+from bge_accel.training.plan import DataOptions, PlannedSource, RunPlan, check_sources, plan_run
 from bge_accel.training.refused_flags import REFUSED
 
 # Heavy packages are imported inside main().
@@ -146,7 +146,9 @@ def main(cfg: Config) -> int:
     # ---- settings
     plans: list[RunPlan] = []
     if feeds_with_rows and (cfg.max_steps > 0 or not cfg.streaming):
-        findings += refusals("settings_refused", lambda: plans.append(finetune.plan_of(cfg, feeds_with_rows, world)))
+        findings += refusals(
+            "settings_refused", lambda: plans.append(plan_run(feeds_with_rows, options_from(DataOptions, cfg), world))
+        )
     for plan in plans:
         forecast |= {
             "rows": plan.num_rows,
@@ -247,6 +249,7 @@ def named(findings: list[Finding], feed: Feed, feeds: list[Feed]) -> list[Findin
 
 def read_feeds(cfg: Config) -> list[Feed]:
     """The sources with a sample of their rows."""
+    options = options_from(DataOptions, cfg)
     sources = find_sources(cfg.train_data, one_per_file=cfg.same_dataset_within_batch)
     limit = max(1, cfg.sample_rows // len(sources))
     samples = [sample_of(cfg, source, limit) for source in sources]
@@ -255,11 +258,10 @@ def read_feeds(cfg: Config) -> list[Feed]:
         sources, _ = merge_small(sources, sizes, cfg.small_threshold, cfg.drop_threshold)
         samples = [sample_of(cfg, source, limit) for source in sources]
     feeds = [
-        Feed.of(source, sample=sample, num_rows=None if cfg.streaming else sample.num_rows,
-                **finetune.settings_of_sources(cfg))
+        Feed.of(source, options, sample=sample, num_rows=None if cfg.streaming else sample.num_rows)
         for source, sample in zip(sources, samples, strict=True)
     ]  # fmt: skip
-    finetune.check_feeds(cfg, feeds)
+    check_sources(feeds, options)
     return feeds
 
 

@@ -17,36 +17,27 @@ Every flag may also stand in a YAML file: --config run.yaml (the command line wi
 """
 
 import importlib.util
-import math
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from bge_accel.config import check_model_path, option, parse_config, required, to_yaml, user_errors
+from bge_accel.config import check_model_path, option, options_from, parse_config, required, to_yaml, user_errors
 from bge_accel.data.sources import YAML
-from bge_accel.evaluation.in_training import Best, EncodingSettings, Evaluations, read_eval_sets
-from bge_accel.evaluation.sets import EvaluationData
-from bge_accel.files.text import shorten
+from bge_accel.evaluation.in_training import Best, EncodingSettings, EvaluationOptions, Evaluations, read_eval_sets
 from bge_accel.models.card import inline, license_of, model_card
 from bge_accel.processes.group import leave_processes
 from bge_accel.processes.progress import progress as progress_bar
 from bge_accel.processes.signals import StopSignals, interruptible
-from bge_accel.training import feeds as sources_of_rows
-from bge_accel.training.feeds import Feed, too_few_negatives
-from bge_accel.training.plan import PlannedSource, RunPlan, check_sources, plan_run
+from bge_accel.training.feeds import load_feeds, open_feeds, position_of
+from bge_accel.training.introduction import introduce
+from bge_accel.training.log import LogOptions, TrainLog
+from bge_accel.training.plan import DataOptions, RunPlan, plan_run
 from bge_accel.training.refused_flags import REFUSED
-from bge_accel.training.run_folder import (
-    Checkpoint,
-    Progress,
-    RunFolder,
-    check_checkpoint,
-    check_run_folder,
-    lock_run_folder,
-)
+from bge_accel.training.run_folder import FolderOptions, Progress, RunFolder, check_run_folder, lock_run_folder
 from bge_accel.training.saved_model import BEST, LAST
 from bge_accel.training.sharding import read_deepspeed_config
 
@@ -54,9 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from bge_accel.models.settings import EmbeddingSettings
-    from bge_accel.training.batches import Batch, Batches
-    from bge_accel.training.engine import Engine
-    from bge_accel.training.log import TrainLog
+    from bge_accel.training.batches import Batch
     from bge_accel.training.losses import ContrastiveLoss
 
 # Heavy packages are imported when they are needed, after the arguments and the data have been checked.
@@ -339,8 +328,7 @@ def check(cfg: Config) -> None:
         if tracker not in ("none", "all") and importlib.util.find_spec(tracker) is None:
             raise ValueError(f"--report_to {tracker} needs `pip install {tracker}`")
     check_model_path("--model_name_or_path", cfg.model_name_or_path)
-    check_run_folder(cfg.output_dir, **use_of_folder(cfg))
-    check_checkpoint(cfg.resume_from_checkpoint, cfg.output_dir)
+    check_run_folder(options_from(FolderOptions, cfg))
 
 
 def loss_of(
@@ -378,102 +366,118 @@ def main(cfg: Config) -> int:
     # ---- check everything that can be checked before a model is loaded or a file written
     with user_errors():
         check(cfg)
-        feeds, num_dropped = load_feeds(cfg)
-        num_bare = sum(feed.rows.check_negatives() for feed in feeds if feed.rows and feed.group_size > 1)
+        data = options_from(DataOptions, cfg)
+        feeds, num_dropped = load_feeds(data)
         deepspeed_config = read_deepspeed_config(cfg.deepspeed) if cfg.deepspeed else None
         eval_sets = read_eval_sets(cfg.eval_data or [])
         best = Best(cfg.metric_for_best_model, list(eval_sets)) if eval_sets else None
     stop = StopSignals()
 
-    # ---- the processes of the run
+    # ---- the processes of the run, how many steps there are, and where to go on
     from accelerate.utils import set_seed
 
+    from bge_accel.encoding.batching import default_token_budget
     from bge_accel.kernels.switch import use_kernels
-    from bge_accel.models.encoder import load_encoder
+    from bge_accel.training.batches import Batches
+    from bge_accel.training.engine import Engine, EngineOptions, compiling_asked_for
     from bge_accel.training.gather import largest
-    from bge_accel.training.log import TrainLog
+    from bge_accel.training.model import ModelOptions, load_model
 
-    engine = make_engine(cfg, deepspeed_config)
-    say = engine.say
-    # torch's generator is drawn from by weights that a checkpoint lacks, and then by the dropout of each batch.
-    set_seed((cfg.seed + engine.rank) % 2**32)  # NumPy takes no more
-
-    # ---- how many steps there are, and where to go on
     with user_errors():
-        plan = plan_of(cfg, feeds, engine.world)
-        lock_run_folder(cfg.output_dir, **use_of_folder(cfg))
+        cfg.torch_compile |= compiling_asked_for()
+        engine = Engine(options_from(EngineOptions, cfg), deepspeed_config)
+        say, rank, world = engine.say, engine.rank, engine.world
+        # torch's generator is drawn from by weights that a model lacks, and then by the dropout of each batch.
+        set_seed((cfg.seed + rank) % 2**32)  # NumPy takes no more
+        plan = plan_run(feeds, data, world)
+        files = options_from(FolderOptions, cfg)
+        lock_run_folder(files)
         folder = RunFolder(
-            cfg.output_dir,
+            files,
             engine,
-            position=position_of(cfg, feeds, plan, engine.world),
+            plan,
+            position=position_of(feeds, plan, data, world),
             settings=settings_of(cfg),
             configuration=to_yaml(without_secrets(cfg)),
-            save_total_limit=cfg.save_total_limit,
         )
-        if cfg.resume_from_checkpoint == "latest" and folder.is_complete():
+        if folder.is_complete():
             say(f"already complete: {cfg.output_dir} holds the model that this run ends with")
             return 0
-        start = folder.find_checkpoint(
-            cfg.resume_from_checkpoint, num_steps=plan.num_steps, allow_changed_data=cfg.allow_changed_data
-        )
+        start = folder.find_checkpoint()
         progress = start.progress if start else Progress()
-        open_feeds(cfg, feeds, engine, start.streams(engine.rank, folder.position) if start else None)
+        open_feeds(feeds, data, rank, world, start.streams(rank, folder.position) if start else None)
 
         # ---- tokenizer and model
-        encoder, tokenizer, settings = load_encoder(
-            start.path if start else cfg.model_name_or_path, **model_options(cfg, feeds, resumes=start is not None)
-        )
-        temperature = temperature_of(cfg, settings, say)
-        if cfg.fix_position_embedding:
-            fix_position_embeddings(encoder)
+        model_options = options_from(ModelOptions, cfg)
+        encoder, tokenizer, settings = load_model(model_options, feeds, start.path if start else None)
+        temperature = cfg.temperature
+        if settings.normalize and temperature > 0.5:
+            raise ValueError(
+                f"--temperature is {temperature}: similarities of normalised embeddings lie in [-1, 1], so above 0.5 "
+                "hardly anything is learnt; take 0.01 to 0.1, or --normalize_embeddings False"
+            )
+        if not settings.normalize and temperature != 1.0:
+            say(f"note: embeddings are not normalised, so the temperature is 1 (not {temperature})")
+            temperature = 1.0
         packed_for = use_kernels(
             encoder.backbone,
             cfg.attention,
             engine.device,
             compiled=cfg.torch_compile,
-            in_place=engine.world == 1 and not engine.is_sharded and not engine.pure_bf16,
+            in_place=world == 1 and not engine.is_sharded and not engine.pure_bf16,
         )
     encoder.train()
-    max_tokens = token_budget(cfg, engine, encoder.config)
+
+    # ---- batches: a function of the seed and the batch's number, prepared in the background
+    max_tokens = cfg.max_tokens_per_micro_batch or default_token_budget(
+        engine.device,
+        encoder.config,
+        bytes_per_value=4 if engine.computes_in == "float32" else 2,
+        checkpointing=cfg.gradient_checkpointing,
+    )
     for feed in feeds:
-        feed.set_prefixes(settings, cfg.query_instruction_format, cfg.passage_instruction_format)
-    batches = make_batches(cfg, feeds, plan, engine, tokenizer, max_tokens, packed_for)
+        feed.set_prefixes(settings, data)
+    batches = Batches(
+        feeds, plan, data, tokenizer, rank=rank, num_processes=world, max_tokens=max_tokens, packed_for=packed_for
+    )
 
-    # ---- optimiser and schedule, which counts the optimiser's steps
+    # ---- optimiser and schedule; from here on files are written
     with user_errors():
-        engine.prepare(
-            encoder,
-            *optimizer_and_schedule(cfg, encoder, plan.num_steps),
-            max_grad_norm=cfg.max_grad_norm,
-            per_device_batch_size=cfg.per_device_train_batch_size,
-            activation_memory_budget=cfg.activation_memory_budget,
-            compiled=cfg.torch_compile,
-        )
+        engine.prepare(encoder, plan.num_steps)
         if start:
-            engine.restore(
-                start.path, start.state, activation_memory_budget=cfg.activation_memory_budget, seed=cfg.seed
-            )
-
-        # ---- from here on files are written
-        folder.begin(
-            start,
-            num_saves=saves_left(cfg, progress, plan),
-            keeps_best=cfg.load_best_model_at_end,
-            removes_later=None if cfg.resume_from_checkpoint == "latest" else cfg.overwrite_output_dir,
-        )
-    names = [feed.source.name for feed in feeds]
-    log = TrainLog(engine, cfg.output_dir, plan.num_steps, names, has_trackers=cfg.report_to != ["none"])
-    evaluations = make_evaluations(cfg, best, eval_sets, engine, log, folder, tokenizer, settings, max_tokens)
+            engine.restore(start.path, start.state)
+        folder.begin(start)
+    log = TrainLog(options_from(LogOptions, cfg), engine, plan.num_steps, [feed.source.name for feed in feeds])
+    evaluations = Evaluations(
+        options_from(EvaluationOptions, cfg),
+        best,
+        eval_sets,
+        engine,
+        log,
+        folder,
+        tokenizer=tokenizer,
+        encoding=EncodingSettings(
+            settings.query_prefix, settings.passage_prefix, cfg.query_max_len, cfg.passage_max_len, max_tokens
+        ),
+    )
     if start:
         evaluations.restore(start)
-    log.start_trackers(asdict(without_secrets(cfg)), cfg.run_name)
+    log.start_trackers(asdict(without_secrets(cfg)))
     license = license_of(cfg.model_name_or_path, cache_dir=cfg.cache_dir, token=cfg.token) if engine.is_main else {}
     folder.saves(tokenizer, settings, partial(card_of, cfg, settings, plan, license, log))
     with user_errors():
         log.rewind(progress.step if start else None, has_measured=evaluations.has_measured(progress.step))
-    introduce(cfg, plan, feeds, eval_sets, settings, engine, temperature, start)
-    for note in notes_on(cfg, feeds, engine, num_dropped=num_dropped, num_bare=num_bare):
-        say(f"note: {note}")
+    introduce(
+        engine,
+        data,
+        plan,
+        feeds,
+        settings,
+        temperature=temperature,
+        measured=evaluations.sizes,
+        goes_on=f"step {progress.step:,} of {start.path}" if start else None,
+        num_dropped=num_dropped,
+    )
 
     # ---- the loop
     bar = progress_bar(
@@ -486,7 +490,7 @@ def main(cfg: Config) -> int:
         if cfg.stopping_strategy != "repeat" and streams_end(batch, cfg.stopping_strategy, engine.device):
             say(f"the streams end after {progress.step:,} steps (--stopping_strategy {cfg.stopping_strategy})")
             break
-        accumulated, is_last = plan.place_in_step(batch.index, ends_with_plan=cfg.max_steps < 1)
+        accumulated, is_last = plan.place_in_step(batch.index)
         output = engine.backward(
             batch.tokens,
             partial(loss_of, cfg, batch, temperature=temperature),
@@ -507,13 +511,13 @@ def main(cfg: Config) -> int:
             progress.step += 1
             bar.update()
         step, epoch = progress.step, plan.epochs_after(progress.batches, batch.passes)
-        is_end = step == plan.num_steps or (cfg.max_steps < 1 and progress.batches == plan.num_batches)
+        is_end = plan.is_end(step, progress.batches)
         stopped = 0 if is_end else largest(stop.number, engine.device)
         if made.is_skipped and not is_end and not stopped:
             continue
-        logs = is_end or (not made.is_skipped and is_log_due(cfg, step))
+        logs = is_end or (not made.is_skipped and log.is_due(step))
         measures = not made.is_skipped and not stopped and evaluations.is_due(step)
-        saves = bool(stopped) or (not is_end and is_save_due(cfg, step, int(epoch), progress.saved_epoch))
+        saves = bool(stopped) or (not is_end and folder.is_due(progress, int(epoch)))
         if logs or measures or saves:
             log.check_loss()
         if logs:
@@ -533,10 +537,8 @@ def main(cfg: Config) -> int:
     # ---- save
     if stopped:
         folder.note_stopped(progress.step)
-        say(
-            f"stopped by {stop.received or 'a signal to another process'}: checkpoint-{progress.step} is saved; go on with "
-            "--resume_from_checkpoint latest"
-        )
+        why = stop.received or "a signal to another process"
+        say(f"stopped by {why}: checkpoint-{progress.step} is saved; go on with --resume_from_checkpoint latest")
     else:
         if evaluations.keeps_best and best is not None:
             say(f"the best {best.metric} was {best.value:.4f}, after step {best.step}")
@@ -546,244 +548,6 @@ def main(cfg: Config) -> int:
         say(f"saved {cfg.output_dir}")
     log.finish()
     return 128 + stopped if stopped == signal.SIGINT else 0
-
-
-# ---- what the flags say, as the library wants it
-
-
-def use_of_folder(cfg: Config) -> dict[str, bool]:
-    return {"resumes": cfg.resume_from_checkpoint is not None, "overwrites": cfg.overwrite_output_dir}
-
-
-def settings_of_sources(cfg: Config) -> dict[str, Any]:
-    """What holds for sources that say nothing else."""
-    return {
-        "epochs": cfg.num_train_epochs,
-        "group_size": cfg.train_group_size,
-        "batch_size": cfg.per_device_train_batch_size,
-        "in_batch_negatives": cfg.use_inbatch_neg,
-    }
-
-
-def load_feeds(cfg: Config) -> tuple[list[Feed], int]:
-    """The sources of rows, every row checked, and how many rows of small files were dropped."""
-    feeds, num_dropped = sources_of_rows.load_feeds(
-        cfg.train_data,
-        one_per_file=cfg.same_dataset_within_batch,
-        streaming=cfg.streaming,
-        max_rows_per_file=cfg.max_example_num_per_dataset,
-        seed=cfg.seed,
-        need_scores=cfg.knowledge_distillation,
-        cache_folder=cfg.cache_path,
-        small_threshold=cfg.small_threshold,
-        drop_threshold=cfg.drop_threshold,
-        settings=settings_of_sources(cfg),
-    )
-    check_feeds(cfg, feeds)
-    return feeds, num_dropped
-
-
-def check_feeds(cfg: Config, sources: Sequence[PlannedSource]) -> None:
-    """Raises ValueError where settings of sources exclude each other, or those of the run."""
-    check_sources(
-        sources,
-        mixed=cfg.mix_sources,
-        streamed=cfg.streaming,
-        distils=cfg.knowledge_distillation,
-        sampling_temperature=cfg.sampling_temperature,
-    )
-
-
-def plan_of(cfg: Config, sources: Sequence[PlannedSource], num_processes: int) -> RunPlan:
-    """How much of what comes in the run; the doctor asks it too."""
-    return plan_run(
-        sources,
-        num_processes=num_processes,
-        max_steps=cfg.max_steps,
-        gradient_accumulation_steps=cfg.gradient_accumulation_steps,
-        drop_last=cfg.dataloader_drop_last,
-        mixed=cfg.mix_sources,
-        sampling_temperature=cfg.sampling_temperature,
-        negatives_cross_device=cfg.negatives_cross_device,
-    )
-
-
-def make_engine(cfg: Config, deepspeed_config: dict[str, Any] | None) -> "Engine":
-    """The processes of the run, once it is known that what was asked for can be done."""
-    from bge_accel.kernels.packed import check_kernel
-    from bge_accel.training.engine import Engine, compiling_asked_for
-
-    cfg.torch_compile |= compiling_asked_for()
-    engine = Engine(
-        use_cpu=cfg.use_cpu,
-        precision=cfg.mixed_precision or ("fp16" if cfg.fp16 else "bf16" if cfg.bf16 or cfg.pure_bf16 else None),
-        pure_bf16=cfg.pure_bf16,
-        deepspeed=deepspeed_config,
-        trackers=[tracker for tracker in cfg.report_to if tracker != "none"],
-        folder=cfg.output_dir,
-    )
-    with user_errors():
-        if cfg.torch_compile and engine.is_sharded:
-            raise ValueError("--torch_compile is for one process or DDP, not for FSDP or DeepSpeed; drop the flag")
-        if cfg.attention not in ("auto", "padded"):
-            check_kernel(cfg.attention, engine.device, engine.computes_in)
-    if engine.warning:
-        engine.say(f"note: {engine.warning}")
-    return engine
-
-
-def position_of(cfg: Config, feeds: list[Feed], plan: RunPlan, num_processes: int) -> dict[str, Any]:
-    """All that the place of a row in the run depends on."""
-    return sources_of_rows.position_of(
-        feeds,
-        plan,
-        num_processes=num_processes,
-        seed=cfg.seed,
-        mixed=cfg.mix_sources,
-        shuffle_buffer_size=cfg.shuffle_buffer_size if cfg.streaming else None,
-    )
-
-
-def open_feeds(cfg: Config, feeds: list[Feed], engine: "Engine", states: list[dict] | None) -> None:
-    """Puts local rows in order, and opens streams."""
-    sources_of_rows.open_feeds(
-        feeds,
-        seed=cfg.seed,
-        rank=engine.rank,
-        num_processes=engine.world,
-        buffer_size=cfg.shuffle_buffer_size,
-        need_scores=cfg.knowledge_distillation,
-        states=states,
-    )
-
-
-def model_options(cfg: Config, feeds: list[Feed], *, resumes: bool) -> dict[str, Any]:
-    """Arguments of `load_encoder`; a checkpoint has its own configuration and tokenizer."""
-    from bge_accel.models.settings import instruction_prefix
-
-    formats = cfg.query_instruction_format, cfg.passage_instruction_format
-    return {
-        "pooling": cfg.sentence_pooling_method,
-        "normalize": cfg.normalize_embeddings,
-        "query_prefix": instruction_prefix(cfg.query_instruction_for_retrieval, formats[0]),
-        "passage_prefix": instruction_prefix(cfg.passage_instruction_for_retrieval, formats[1]),
-        "config_name": None if resumes else cfg.config_name,
-        "tokenizer_name": None if resumes else cfg.tokenizer_name,
-        "trust_remote_code": cfg.trust_remote_code,
-        "longest": max(cfg.query_max_len, cfg.passage_max_len),
-        "gradient_checkpointing": cfg.gradient_checkpointing,
-        "lengths": {"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
-        "cut_by": {"query": "--query_max_len", "passage": "--passage_max_len"},
-        "other_prefixes": sources_of_rows.other_prefixes(feeds, *formats),
-        "cache_dir": cfg.cache_dir,
-        "token": cfg.token,
-    }
-
-
-def temperature_of(cfg: Config, settings: "EmbeddingSettings", say: Callable[[str], None]) -> float:
-    """What similarities are divided by: 1 where embeddings are not normalised."""
-    if settings.normalize and cfg.temperature > 0.5:
-        raise ValueError(
-            f"--temperature is {cfg.temperature}: similarities of normalised embeddings lie in [-1, 1], so above 0.5 "
-            "hardly anything is learnt; take 0.01 to 0.1, or --normalize_embeddings False"
-        )
-    if not settings.normalize and cfg.temperature != 1.0:
-        say(f"note: embeddings are not normalised, so the temperature is 1 (not {cfg.temperature})")
-        return 1.0
-    return cfg.temperature
-
-
-def fix_position_embeddings(encoder: "torch.nn.Module") -> None:
-    for name, parameter in encoder.named_parameters():
-        if "position_embeddings" in name:
-            parameter.requires_grad_(False)
-
-
-def token_budget(cfg: Config, engine: "Engine", model_config: Any) -> int:
-    """Padded tokens of a micro-batch."""
-    from bge_accel.encoding.batching import default_token_budget
-
-    return cfg.max_tokens_per_micro_batch or default_token_budget(
-        engine.device,
-        model_config,
-        bytes_per_value=4 if engine.computes_in == "float32" else 2,
-        checkpointing=cfg.gradient_checkpointing,
-    )
-
-
-def make_batches(
-    cfg: Config, feeds: list[Feed], plan: RunPlan, engine: "Engine", tokenizer: Any, max_tokens: int, packed_for: Any
-) -> "Batches":
-    """What the run sees at each batch."""
-    from bge_accel.training.batches import Batches, BatchOptions
-
-    options = BatchOptions(
-        seed=cfg.seed,
-        rank=engine.rank,
-        num_processes=engine.world,
-        mix_sources=cfg.mix_sources,
-        query_max_len=cfg.query_max_len,
-        passage_max_len=cfg.passage_max_len,
-        query_instruction_format=cfg.query_instruction_format,
-        shuffle_ratio=cfg.shuffle_ratio,
-        teacher_scores=cfg.knowledge_distillation,
-        max_tokens=max_tokens,
-        pad_to_multiple_of=cfg.pad_to_multiple_of,
-        packed_for=packed_for,
-        ends_with_plan=cfg.max_steps < 1,
-    )
-    return Batches(feeds, plan, tokenizer, options)
-
-
-def optimizer_and_schedule(cfg: Config, encoder: "torch.nn.Module", num_steps: int) -> tuple[Any, Any]:
-    """AdamW, and the learning rate of each of its steps, whatever the number of processes."""
-    from transformers import get_scheduler
-
-    from bge_accel.training.engine import make_adamw
-
-    optimizer = make_adamw(
-        encoder,
-        learning_rate=cfg.learning_rate,
-        betas=(cfg.adam_beta1, cfg.adam_beta2),
-        epsilon=cfg.adam_epsilon,
-        weight_decay=cfg.weight_decay,
-        fused=cfg.optim == "adamw_torch_fused",
-    )
-    warmup = cfg.warmup_steps or math.ceil(cfg.warmup_ratio * num_steps)
-    return optimizer, get_scheduler(cfg.lr_scheduler_type, optimizer, warmup, num_steps)
-
-
-def make_evaluations(
-    cfg: Config,
-    best: Best | None,
-    eval_sets: dict[str, EvaluationData],
-    engine: "Engine",
-    log: "TrainLog",
-    folder: RunFolder,
-    tokenizer: Any,
-    settings: "EmbeddingSettings",
-    max_tokens: int,
-) -> Evaluations:
-    """When to measure, on what, and what is done with the best weights."""
-    return Evaluations(
-        best,
-        eval_sets,
-        engine,
-        log,
-        folder,
-        tokenizer=tokenizer,
-        encoding=EncodingSettings(
-            settings.query_prefix, settings.passage_prefix, cfg.query_max_len, cfg.passage_max_len, max_tokens
-        ),
-        every=cfg.eval_steps,
-        on_start=cfg.eval_on_start,
-        keeps_best=cfg.load_best_model_at_end,
-        patience=cfg.early_stopping_patience,
-        compiled=cfg.torch_compile,
-    )
-
-
-# ---- when something is due
 
 
 def checked(batches: Iterator["Batch"]) -> Iterator["Batch"]:
@@ -801,86 +565,6 @@ def streams_end(batch: "Batch", strategy: str, device: "torch.device") -> bool:
     return -largest(-int(min(batch.passes) > 0), device) > 0
 
 
-def is_log_due(cfg: Config, step: int) -> bool:
-    return step % cfg.logging_steps == 0 or (step == 1 and cfg.logging_first_step)
-
-
-def is_save_due(cfg: Config, step: int, epoch: int, saved_epoch: int) -> bool:
-    """Whether a checkpoint is to be saved after a step, by which so many epochs are done."""
-    if cfg.save_strategy == "epoch":
-        return epoch > saved_epoch
-    return cfg.save_strategy == "steps" and step % cfg.save_steps == 0
-
-
-def saves_left(cfg: Config, progress: Progress, plan: RunPlan) -> int:
-    """How many checkpoints are still to be written; of streams saved by epochs, at least as many."""
-    if cfg.save_strategy == "no":
-        return 0
-    if cfg.save_strategy == "epoch":
-        return max(math.ceil(plan.num_epochs or 0) - 1 - progress.saved_epoch, 0)
-    return max((plan.num_steps - 1) // cfg.save_steps - progress.step // cfg.save_steps, 0)
-
-
-# ---- what is said and kept of the run
-
-
-def introduce(
-    cfg: Config,
-    plan: RunPlan,
-    feeds: list[Feed],
-    eval_sets: dict[str, EvaluationData],
-    settings: "EmbeddingSettings",
-    engine: "Engine",
-    temperature: float,
-    start: Checkpoint | None,
-) -> None:
-    """Says what the run is going to do."""
-    say, world = engine.say, engine.world
-    amount = "rows from streams" if cfg.streaming else f"{plan.num_rows or 0:,} rows"
-    epochs = f" ({plan.num_epochs:.2f} epochs)" if plan.num_epochs is not None else ""
-    say(
-        f"{amount}, {plan.num_steps:,} steps{epochs}, global batch {plan.queries_per_step:g} queries "
-        f"({world} process(es) x {plan.queries_per_batch / world:g} x {cfg.gradient_accumulation_steps} accumulated); each query meets "
-        f"{plan.met(0)}; {settings.pooling} pooling, "
-        f"{'' if settings.normalize else 'not '}normalised, temperature {temperature:g}; "
-        f"{engine.computes_in} on {engine.device.type}; query "
-        f"instruction {shorten(settings.query_prefix)}"
-    )
-    for name, held_out in eval_sets.items():
-        say(f"  measured on {name}: {len(held_out.queries.ids):,} queries among {len(held_out.corpus.ids):,} passages")
-    for number, (feed, share) in enumerate(zip(feeds if len(feeds) > 1 else (), plan.shares.tolist(), strict=False)):
-        say(
-            f"  {share:.1%} {feed.source.name}: {f'{len(feed.rows):,} rows' if feed.rows else 'a stream'}, {feed.batch_size} "
-            f"queries a process, each meets {plan.met(number)}; query instruction "
-            f"{shorten(feed.query_prefix)}"
-        )
-    if start:
-        say(f"going on after step {start.progress.step:,} of {start.path}")
-
-
-def notes_on(cfg: Config, feeds: list[Feed], engine: "Engine", *, num_dropped: int, num_bare: int) -> Iterator[str]:
-    """What may not be as the user thinks: flags without an effect, rows that are left out or have no negatives."""
-    if cfg.negatives_cross_device and engine.world == 1:
-        yield "--negatives_cross_device has no effect on one process"
-    if cfg.streaming and cfg.cache_path is not None:
-        yield "--cache_path has no effect on streams: nothing of them is kept"
-    if num_dropped:
-        yield f"{num_dropped:,} rows of small files are left out (--drop_threshold {cfg.drop_threshold})"
-    if cfg.streaming and cfg.max_example_num_per_dataset < 100_000_000:
-        yield "--max_example_num_per_dataset has no effect on streams"
-    if num_bare:
-        yield f"{num_bare:,} rows have no negatives; theirs are drawn from other rows' passages"
-    for feed in feeds:
-        if feed.rows and (note := too_few_negatives(feed.rows, feed.group_size)):
-            yield f"{f'{feed.source.name}: ' if len(feeds) > 1 else ''}{note}"
-    if cfg.use_inbatch_neg and any("no_in_batch_neg" in os.path.abspath(path) for path in cfg.train_data):
-        yield "a folder's name turns nothing off here: for data without in-batch negatives, --use_inbatch_neg False"
-    if engine.is_sharded and cfg.activation_memory_budget is not None:
-        yield "--activation_memory_budget has no effect under FSDP and DeepSpeed: all activations are recomputed"
-    if engine.is_deepspeed:
-        yield "optimiser, schedule, accumulation, clipping and batch size come from the flags, not DeepSpeed's file"
-
-
 def settings_of(cfg: Config) -> dict[str, Any]:
     """What is learnt and how: the settings whose change since a checkpoint is worth a word."""
     left_out = (
@@ -896,7 +580,7 @@ def without_secrets(cfg: Config) -> Config:
 
 
 def card_of(
-    cfg: Config, settings: "EmbeddingSettings", plan: RunPlan, license: dict[str, str], log: "TrainLog", step: int
+    cfg: Config, settings: "EmbeddingSettings", plan: RunPlan, license: dict[str, str], log: TrainLog, step: int
 ) -> str:
     """README.md of the model after a step. Folders are nobody else's business: their last parts say enough."""
 

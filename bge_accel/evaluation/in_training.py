@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -207,20 +208,28 @@ def retrieval_from_rows(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> Evalua
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """When to measure, and what for; each named as the flag of scripts/finetune.py."""
+
+    eval_steps: int
+    eval_on_start: bool
+    load_best_model_at_end: bool
+    early_stopping_patience: int | None
+    torch_compile: bool
+
+
 class Evaluations:
     """Retrieval on held-out data while a model trains: when, how well, and whether it is the best so far.
 
     Args:
         best: decides what is best; None where there is nothing to measure.
         sets: what to measure on, by name.
-        every: steps between two measurements.
-        keeps_best: whether the best weights are kept, for the end of the run.
-        patience: measurements in a row that are not better after which the run ends; None for never.
-        compiled: whether the model's layers are; they are not compiled anew for what encoding does to them.
     """
 
     def __init__(
         self,
+        options: EvaluationOptions,
         best: "Best | None",
         sets: Mapping[str, EvaluationData],
         engine: "Engine",
@@ -229,15 +238,20 @@ class Evaluations:
         *,
         tokenizer: Any,
         encoding: EncodingSettings,
-        every: int,
-        on_start: bool,
-        keeps_best: bool,
-        patience: int | None,
-        compiled: bool,
     ) -> None:
-        self.best, self.sets, self.engine, self.log, self.folder = best, sets, engine, log, folder
-        self.tokenizer, self.encoding, self.every, self.on_start = tokenizer, encoding, every, on_start
-        self.keeps_best, self.patience, self.compiled = keeps_best and best is not None, patience, compiled
+        self.options, self.best, self.sets = options, best, sets
+        self.engine, self.log, self.folder = engine, log, folder
+        self.tokenizer, self.encoding = tokenizer, encoding
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the best weights are kept, for the end of the run."""
+        return self.options.load_best_model_at_end and self.best is not None
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Queries and passages of each set."""
+        return {name: (len(data.queries.ids), len(data.corpus.ids)) for name, data in self.sets.items()}
 
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps."""
@@ -262,7 +276,7 @@ class Evaluations:
 
     def is_due(self, step: int) -> bool:
         """Whether it is time to measure after a step, or before the first."""
-        due = step % self.every == 0 if step else self.on_start
+        due = step % self.options.eval_steps == 0 if step else self.options.eval_on_start
         return due and not self.has_measured(step)
 
     def measure(self, step: int) -> bool:
@@ -274,7 +288,8 @@ class Evaluations:
         best, say, num_steps = self.best, self.engine.say, self.log.num_steps
         assert best is not None
         started = time.perf_counter()
-        with torch.compiler.set_stance("force_eager") if self.compiled else nullcontext():
+        # Compiled, the layers would be compiled anew for what encoding does to them.
+        with torch.compiler.set_stance("force_eager") if self.options.torch_compile else nullcontext():
             metrics = {
                 name: evaluate_in_training(
                     self.engine.model, self.tokenizer, data, self.encoding, device=self.engine.device
@@ -289,7 +304,8 @@ class Evaluations:
         if is_best and self.keeps_best:
             self.folder.save_model(step, BEST)
         self.log.leave_out(time.perf_counter() - started)
-        if self.patience is None or best.waited < self.patience or step == num_steps:
+        patience = self.options.early_stopping_patience
+        if patience is None or best.waited < patience or step == num_steps:
             return False
         say(f"stopping early: {best.waited} measurements in a row were not better than that of step {best.step}")
         return True

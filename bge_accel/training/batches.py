@@ -18,7 +18,7 @@ from bge_accel.models.loading import check_prefix
 from bge_accel.models.settings import instruction_prefix
 from bge_accel.models.tokenizing import tokenize
 from bge_accel.training.feeds import Feed
-from bge_accel.training.plan import RunPlan
+from bge_accel.training.plan import DataOptions, RunPlan
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,42 +49,34 @@ class Batch:
         return to_device(torch.from_numpy(scores), device)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BatchOptions:
-    """How examples are drawn and tokenised; names are those of the flags of scripts/finetune.py."""
-
-    seed: int
-    rank: int
-    num_processes: int
-    mix_sources: bool
-    query_max_len: int
-    passage_max_len: int
-    query_instruction_format: str
-    shuffle_ratio: float
-    teacher_scores: bool
-    max_tokens: int
-    """Of a micro-batch."""
-    pad_to_multiple_of: int | None
-    packed_for: Any
-    """Configuration of a model that takes texts without padding; None pads."""
-    ends_with_plan: bool
-    """False goes on after the plan's batches: float16 may skip steps."""
-
-
 class Batches:
     """The batches of one process, prepared in a background thread.
 
     Args:
         feeds: with their rows in order, or their streams open.
+        max_tokens: of a micro-batch.
+        packed_for: configuration of a model that takes texts without padding; None pads.
     """
 
-    def __init__(self, feeds: Sequence[Feed], plan: RunPlan, tokenizer: Any, options: BatchOptions) -> None:
-        self.feeds, self.plan, self.tokenizer, self.options = feeds, plan, tokenizer, options
+    def __init__(
+        self,
+        feeds: Sequence[Feed],
+        plan: RunPlan,
+        options: DataOptions,
+        tokenizer: Any,
+        *,
+        rank: int,
+        num_processes: int,
+        max_tokens: int,
+        packed_for: Any,
+    ) -> None:
+        self.feeds, self.plan, self.options, self.tokenizer = feeds, plan, options, tokenizer
+        self.rank, self.num_processes, self.max_tokens, self.packed_for = rank, num_processes, max_tokens, packed_for
         self.schedule = SourceSchedule(plan.shares, options.seed)
 
     def starting_at(self, first: int) -> Iterator[Batch]:
         """From a batch on; ValueError for a row of a stream, which is checked as it is read."""
-        indices = range(first, self.plan.num_batches) if self.options.ends_with_plan else itertools.count(first)
+        indices = itertools.count(first) if self.plan.is_open else range(first, self.plan.num_batches)
         return prefetch(map(self.make, indices))
 
     def make(self, index: int) -> Batch:
@@ -100,9 +92,9 @@ class Batches:
         tokens = make_token_batch(
             token_ids,
             pad_token_id=self.tokenizer.pad_token_id,
-            max_tokens=options.max_tokens,
+            max_tokens=self.max_tokens,
             pad_to_multiple_of=options.pad_to_multiple_of,
-            packed_for=options.packed_for,
+            packed_for=self.packed_for,
         )
         streams = [feed.stream for feed in self.feeds if feed.stream is not None]
         return Batch(
@@ -117,8 +109,8 @@ class Batches:
 
     def _places(self, source: int, turn: int) -> Sequence[int]:
         """This process's places in a source, or in all of them where they are mixed."""
-        lead, options = self.feeds[source], self.options
-        where = (turn, lead.batch_size, options.num_processes, options.rank, self.plan.end_of_data)
+        lead = self.feeds[source]
+        where = (turn, lead.batch_size, self.num_processes, self.rank, self.plan.end_of_data)
         return batch_positions(*where) if lead.rows is None else balanced_positions(*where, self._cost_in(source))
 
     def _draw(self, source: int, place: int) -> tuple[int, Example]:
@@ -147,7 +139,7 @@ class Batches:
             query_prefix=partial(self._query_prefix, feed),
             passage_prefix=feed.passage_prefix,
             shuffle_ratio=options.shuffle_ratio,
-            teacher_scores=options.teacher_scores,
+            teacher_scores=options.knowledge_distillation,
         )
 
     def _query_prefix(self, feed: Feed, prompt: str | None) -> str:

@@ -3,8 +3,9 @@
 import math
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,9 +13,11 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import DeepSpeedPlugin, DistributedType, gather_object, set_seed
 from tqdm import tqdm
+from transformers import get_scheduler
 
 from bge_accel.encoding.batching import TokenBatch, split_micro_batches
 from bge_accel.files.text import printable
+from bge_accel.kernels.packed import check_kernel
 from bge_accel.models.compiling import compile_layers
 from bge_accel.models.encoder import Encoder
 from bge_accel.models.flops import flops_per_token
@@ -45,38 +48,60 @@ class Step(NamedTuple):
     """float16 overflowed: no weight has moved, and the loss scale is lower now."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How to compute, and how to step; each named as the flag of scripts/finetune.py."""
+
+    use_cpu: bool
+    fp16: bool
+    bf16: bool
+    pure_bf16: bool
+    mixed_precision: str | None
+    torch_compile: bool
+    attention: str
+    activation_memory_budget: float | None
+    per_device_train_batch_size: int
+    max_grad_norm: float
+    learning_rate: float
+    lr_scheduler_type: str
+    warmup_ratio: float
+    warmup_steps: int
+    weight_decay: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    optim: str
+    seed: int
+    report_to: list[str]
+    output_dir: str
+
+
 class Engine:
     """The processes of a run and, once `prepare` has been called, its model, optimiser and schedule.
 
     Args:
-        precision: "fp16", "bf16", "no" or "auto"; None is what `accelerate launch` was told.
-        pure_bf16: bfloat16 weights and gradients, beside float32 weights for the optimiser.
-        deepspeed: DeepSpeed's configuration.
-        trackers: as accelerate names them; they write into `folder`.
+        deepspeed: DeepSpeed's configuration, where it was given by a flag.
 
     Raises:
+        ValueError: the device, or the way the run is sharded, cannot do what was asked for.
         RuntimeError: accelerate does not run what was asked for.
     """
 
-    def __init__(
-        self,
-        *,
-        use_cpu: bool,
-        precision: str | None,
-        pure_bf16: bool,
-        deepspeed: dict[str, Any] | None,
-        trackers: Sequence[str],
-        folder: str,
-    ) -> None:
-        self.on_cpu = use_cpu or not torch.cuda.is_available()
+    def __init__(self, options: EngineOptions, deepspeed: dict[str, Any] | None = None) -> None:
+        self.options = options
+        self.on_cpu = options.use_cpu or not torch.cuda.is_available()
         if deepspeed is not None:
             os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        asked = sharding_asked_for()
-        precision, self.warning = choose_precision(
-            precision or os.environ.get("ACCELERATE_MIXED_PRECISION"), torch.device("cpu" if self.on_cpu else "cuda")
+        asked = {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
+        if options.torch_compile and asked:
+            raise ValueError("--torch_compile is for one process or DDP, not for FSDP or DeepSpeed; drop the flag")
+        half = "fp16" if options.fp16 else "bf16" if options.bf16 or options.pure_bf16 else None
+        precision, warning = choose_precision(
+            options.mixed_precision or half or os.environ.get("ACCELERATE_MIXED_PRECISION"),
+            torch.device("cpu" if self.on_cpu else "cuda"),
         )
         # FSDP and DeepSpeed keep float32 weights beside the bfloat16 ones by themselves; elsewhere a copy of the model does.
-        self.pure_bf16 = pure_bf16 and precision == "bf16" and not asked
+        self.pure_bf16 = options.pure_bf16 and precision == "bf16" and not asked
         if self.pure_bf16:
             precision = "no"  # nothing is to be cast
         # Buffers are constant; and as processes may differ in how many forward passes they make, sending them would hang.
@@ -87,8 +112,8 @@ class Engine:
             # Without it two CPU processes would run side by side, unconnected.
             cpu=True if self.on_cpu and not asked else None,  # type: ignore[arg-type]
             deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=deepspeed) if deepspeed is not None else None,
-            log_with=list(trackers) or None,  # type: ignore[arg-type]
-            project_dir=folder,
+            log_with=[tracker for tracker in options.report_to if tracker != "none"] or None,  # type: ignore[arg-type]
+            project_dir=options.output_dir,
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
         self.device, self.rank = self.accelerator.device, self.accelerator.process_index
@@ -104,35 +129,28 @@ class Engine:
         self.is_sharded = self.is_deepspeed or runs == DistributedType.FSDP
         self.computes_in = "pure bf16" if self.pure_bf16 else self.accelerator.mixed_precision.replace("no", "float32")
         self.wait = self.accelerator.wait_for_everyone
+        if options.attention not in ("auto", "padded"):
+            check_kernel(options.attention, self.device, self.computes_in)
+        if warning:
+            self.say(f"note: {warning}")
 
     def say(self, text: str) -> None:
         """A line on the terminal, of the first process alone; it does not tear the progress bar."""
         if self.is_main:
             tqdm.write(printable(text))
 
-    def prepare(
-        self,
-        encoder: Encoder,
-        optimizer: torch.optim.Optimizer,
-        scheduler: Any,
-        *,
-        max_grad_norm: float,
-        per_device_batch_size: int,
-        activation_memory_budget: float | None,
-        compiled: bool,
-    ) -> None:
-        """Takes over model, optimiser and schedule.
-
-        Args:
-            max_grad_norm: 0 never clips.
-            activation_memory_budget: GB of activations to keep for the backward pass; None is most of what is free.
+    def prepare(self, encoder: Encoder, num_steps: int) -> None:
+        """Takes over a model, with AdamW and a schedule of so many steps.
 
         Raises:
             ValueError: the layers cannot be compiled.
         """
-        self.encoder, self.scheduler, self.max_grad_norm = encoder, scheduler, max_grad_norm
-        self.flops = flops_per_token(encoder)
-        if self.device.type == "cpu" and activation_memory_budget != 0:  # where little is kept, memory counts
+        options = self.options
+        self.encoder, self.flops = encoder, flops_per_token(encoder)
+        optimizer = make_adamw(encoder, options)
+        warmup = options.warmup_steps or math.ceil(options.warmup_ratio * num_steps)
+        self.scheduler: Any = get_scheduler(options.lr_scheduler_type, optimizer, warmup, num_steps)
+        if self.device.type == "cpu" and options.activation_memory_budget != 0:  # where little is kept, memory counts
             keep_freed_memory()
         # Under ZeRO-3 a parameter keeps its true size aside. DeepSpeed keeps float32 weights beside Adam's two moments.
         trained = [parameter for parameter in encoder.parameters() if parameter.requires_grad]
@@ -142,18 +160,20 @@ class Engine:
         self.state_bytes = (3 if self.is_deepspeed else 2) * trained_bytes
         if self.is_deepspeed:
             configure_deepspeed(
-                self.accelerator, per_device_batch_size=per_device_batch_size, max_grad_norm=max_grad_norm
+                self.accelerator,
+                per_device_batch_size=options.per_device_train_batch_size,
+                max_grad_norm=options.max_grad_norm,
             )
         self.half = Bf16Copy(encoder.to(self.device)) if self.pure_bf16 else None
         computing: Any = encoder if self.half is None else self.half.model
-        if compiled:
+        if options.torch_compile:
             compile_layers(computing.backbone, self.device)
         self.model, self.optimizer = self.accelerator.prepare(computing, optimizer)
         self.deepspeed = self.accelerator.deepspeed_engine_wrapped.engine if self.is_deepspeed else None  # type: ignore[union-attr]
         if self.is_sharded:  # weights are gathered in each pass; what is kept is up to FSDP and DeepSpeed
             self.activations = ActivationBudget(0)
-        elif activation_memory_budget is not None:
-            self.activations = ActivationBudget(activation_memory_budget * 1e9)
+        elif options.activation_memory_budget is not None:
+            self.activations = ActivationBudget(options.activation_memory_budget * 1e9)
         else:
             num_parameters = sum(parameter.numel() for parameter in encoder.parameters())
             local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -218,7 +238,7 @@ class Engine:
             norm = self.deepspeed.get_global_grad_norm()
         else:
             weights = self.model if self.half is None else self.encoder
-            norm = self.accelerator.clip_grad_norm_(weights.parameters(), self.max_grad_norm or math.inf)
+            norm = self.accelerator.clip_grad_norm_(weights.parameters(), self.options.max_grad_norm or math.inf)
             self.optimizer.step()
             self.optimizer.zero_grad()
             if self.half is not None:
@@ -259,15 +279,11 @@ class Engine:
         if self.deepspeed is not None:
             self.deepspeed.save_checkpoint(os.path.join(folder, STATE), tag="deepspeed")
 
-    def restore(
-        self, checkpoint: str, state: Mapping[str, Any], *, activation_memory_budget: float | None, seed: int
-    ) -> None:
+    def restore(self, checkpoint: str, state: Mapping[str, Any]) -> None:
         """Goes on as the run that saved a checkpoint would have.
 
         Args:
-            state: of the checkpoint: its step, its settings, and what `state` gave.
-            activation_memory_budget: of this run.
-            seed: for the random generators where the number of processes is another.
+            state: of the checkpoint: its step, its settings, its number of processes, and what `state` gave.
 
         Raises:
             ValueError: the checkpoint does not fit the model, or is damaged.
@@ -288,19 +304,14 @@ class Engine:
         if scaler is not None and state["scaler"] is not None:
             scaler.load_state_dict(state["scaler"])
         if state["num_processes"] != self.world:
-            set_seed((seed + step + self.rank) % 2**32)
+            set_seed((self.options.seed + step + self.rank) % 2**32)
             return
         # As many graphs are kept as before: the order in which gradients are summed decides their last bits.
-        if activation_memory_budget == state["settings"].get("activation_memory_budget"):
+        if self.options.activation_memory_budget == state["settings"].get("activation_memory_budget"):
             self.activations.bytes_per_token = state["bytes_per_token"]
             if self.on_cpu:
                 self.activations.max_bytes = state["activation_bytes"]
         set_random_state(state["random"][self.rank], self.device)
-
-
-def sharding_asked_for() -> set[str]:
-    """ "FSDP" or "DEEPSPEED" where `accelerate launch` was told to use it."""
-    return {name for name in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{name}", "false") == "true"}
 
 
 def compiling_asked_for() -> bool:
@@ -311,19 +322,16 @@ def compiling_asked_for() -> bool:
     return asked
 
 
-def make_adamw(
-    encoder: torch.nn.Module,
-    *,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    fused: bool,
-) -> torch.optim.AdamW:
+def make_adamw(encoder: torch.nn.Module, options: EngineOptions) -> torch.optim.AdamW:
     """AdamW over the parameters that are trained; biases and norms do not decay."""
     trained = [p for p in encoder.parameters() if p.requires_grad]
     # Under ZeRO-3 a parameter is a flat part of itself and keeps its true shape aside.
     decayed = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) > 1]
     others = [p for p in trained if len(getattr(p, "ds_shape", p.shape)) <= 1]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=epsilon, fused=fused)
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": options.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=options.learning_rate,
+        betas=(options.adam_beta1, options.adam_beta2),
+        eps=options.adam_epsilon,
+        fused=options.optim == "adamw_torch_fused",
+    )

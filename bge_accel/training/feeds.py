@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from bge_accel.data.examples import RowOrder
 from bge_accel.data.rows import TrainingRows, join_known_positives
 from bge_accel.data.sources import find_sources, merge_small
-from bge_accel.training.plan import PlannedSource, RunPlan, repeated_negatives
+from bge_accel.training.plan import DataOptions, PlannedSource, RunPlan, check_sources, repeated_negatives
 
 if TYPE_CHECKING:
     from bge_accel.data.streaming import RowStream
@@ -25,69 +25,59 @@ class Feed(PlannedSource):
     passage_prefix: str = ""
     order: RowOrder | None = None
 
-    def set_prefixes(self, settings: "EmbeddingSettings", query_format: str, passage_format: str) -> None:
+    def set_prefixes(self, settings: "EmbeddingSettings", options: DataOptions) -> None:
         """Takes the source's own instructions, or the model's."""
         from bge_accel.models.settings import instruction_prefix
 
-        own = instruction_prefix(self.source.query_instruction_for_retrieval, query_format)
+        own = instruction_prefix(self.source.query_instruction_for_retrieval, options.query_instruction_format)
         self.query_prefix = settings.query_prefix if own is None else own
-        own = instruction_prefix(self.source.passage_instruction_for_retrieval, passage_format)
+        own = instruction_prefix(self.source.passage_instruction_for_retrieval, options.passage_instruction_format)
         self.passage_prefix = settings.passage_prefix if own is None else own
 
 
-def load_feeds(
-    paths: Sequence[str],
-    *,
-    one_per_file: bool,
-    streaming: bool,
-    max_rows_per_file: int,
-    seed: int,
-    need_scores: bool,
-    cache_folder: str | None,
-    small_threshold: int,
-    drop_threshold: int,
-    settings: dict[str, Any],
-) -> tuple[list[Feed], int]:
+def load_feeds(options: DataOptions) -> tuple[list[Feed], int]:
     """The sources of rows, every row checked, and how many rows of small files were dropped. Streams are opened later.
 
-    Args:
-        settings: arguments of `PlannedSource.of` for sources that say nothing else.
-
     Raises:
-        ValueError: something is wrong with a source or any row.
+        ValueError: something is wrong with a source or any row, or settings of sources exclude each other.
     """
-    sources = find_sources(paths, one_per_file=one_per_file)
-    how: dict[str, Any] = {"max_rows_per_file": max_rows_per_file, "seed": seed, "need_scores": need_scores}
+    sources = find_sources(options.train_data, one_per_file=options.same_dataset_within_batch)
 
     def read(paths: list[str]) -> TrainingRows:
-        return TrainingRows(paths, cache_folder=cache_folder, **how)
+        return TrainingRows(
+            paths,
+            max_rows_per_file=options.max_example_num_per_dataset,
+            seed=options.seed,
+            need_scores=options.knowledge_distillation,
+            cache_folder=options.cache_path,
+        )
 
-    if streaming:
-        return [Feed.of(source, rows=None, num_rows=None, **settings) for source in sources], 0
-    dropped = 0
-    if len(sources) > 1:  # the faults of all of them together
-        read([path for source in sources for path in source.path])
-    rows = [read(source.path) for source in sources]
-    if small_threshold:
-        sources, dropped = merge_small(sources, [len(of) for of in rows], small_threshold, drop_threshold)
+    num_dropped = 0
+    if options.streaming:
+        feeds = [Feed.of(source, options, rows=None, num_rows=None) for source in sources]
+    else:
+        if len(sources) > 1:  # the faults of all of them together
+            read([path for source in sources for path in source.path])
         rows = [read(source.path) for source in sources]
-    join_known_positives(rows)
-    pairs = zip(sources, rows, strict=True)
-    return [Feed.of(source, rows=of, num_rows=len(of), **settings) for source, of in pairs], dropped
+        if options.small_threshold:
+            limits = options.small_threshold, options.drop_threshold
+            sources, num_dropped = merge_small(sources, [len(of) for of in rows], *limits)
+            rows = [read(source.path) for source in sources]
+        join_known_positives(rows)
+        feeds = [Feed.of(source, options, rows=of, num_rows=len(of)) for source, of in zip(sources, rows, strict=True)]
+    check_sources(feeds, options)
+    for feed in feeds:
+        if feed.rows is not None and feed.group_size > 1:
+            feed.rows.check_negatives()
+    return feeds, num_dropped
 
 
-def position_of(
-    feeds: Sequence[Feed], plan: RunPlan, *, num_processes: int, seed: int, mixed: bool, shuffle_buffer_size: int | None
-) -> dict[str, Any]:
-    """All that the place of a row in the run depends on, for a checkpoint.
-
-    Args:
-        shuffle_buffer_size: of streams, which go on in as many processes; None where all rows are local.
-    """
+def position_of(feeds: Sequence[Feed], plan: RunPlan, options: DataOptions, num_processes: int) -> dict[str, Any]:
+    """All that the place of a row in the run depends on, for a checkpoint."""
     position: dict[str, Any] = {
-        "seed": seed,
-        "gradient_accumulation_steps": plan.gradient_accumulation_steps,
-        "mix_sources": mixed,
+        "seed": options.seed,
+        "gradient_accumulation_steps": options.gradient_accumulation_steps,
+        "mix_sources": options.mix_sources,
         "sources": {
             feed.source.name: {
                 "rows": feed.rows.digest() if feed.rows else feed.source.path,
@@ -97,20 +87,13 @@ def position_of(
             for feed, share in zip(feeds, plan.shares.tolist(), strict=True)
         },
     }
-    if shuffle_buffer_size is not None:
-        position |= {"num_processes": num_processes, "shuffle_buffer_size": shuffle_buffer_size}
+    if options.streaming:  # streams are divided among the processes
+        position |= {"num_processes": num_processes, "shuffle_buffer_size": options.shuffle_buffer_size}
     return position
 
 
 def open_feeds(
-    feeds: Sequence[Feed],
-    *,
-    seed: int,
-    rank: int,
-    num_processes: int,
-    buffer_size: int,
-    need_scores: bool,
-    states: Sequence[dict] | None,
+    feeds: Sequence[Feed], options: DataOptions, rank: int, num_processes: int, states: Sequence[dict] | None
 ) -> None:
     """Puts local rows into their order, and opens streams where they stood.
 
@@ -120,19 +103,19 @@ def open_feeds(
     Raises:
         ValueError: a stream cannot be read.
     """
-    from bge_accel.data.streaming import RowStream
-
     for number, feed in enumerate(feeds):
         if feed.rows is not None:
-            feed.order = RowOrder(len(feed.rows), seed)
+            feed.order = RowOrder(len(feed.rows), options.seed)
             continue
+        from bge_accel.data.streaming import RowStream
+
         feed.stream = RowStream(
             feed.source.path,
-            seed=seed,
+            seed=options.seed,
             rank=rank,
             num_ranks=num_processes,
-            buffer_size=buffer_size,
-            need_scores=need_scores,
+            buffer_size=options.shuffle_buffer_size,
+            need_scores=options.knowledge_distillation,
             state=states[number] if states else None,
         )
 

@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,27 +24,28 @@ if TYPE_CHECKING:
     from bge_accel.training.run_folder import Progress
 
 
+@dataclass(frozen=True, kw_only=True)
+class LogOptions:
+    """What is logged when; each named as the flag of scripts/finetune.py."""
+
+    output_dir: str
+    logging_steps: int
+    logging_first_step: bool
+    report_to: list[str]
+    run_name: str | None
+
+
 class TrainLog:
     """The log of a run. Figures stay on the device until a line is due.
 
     Args:
-        folder: the run's; `train_log.jsonl` lies in it.
         sources: names, for figures of each where there are several.
-        has_trackers: whether accelerate has trackers to tell.
     """
 
-    def __init__(
-        self,
-        engine: "Engine",
-        folder: str,
-        num_steps: int,
-        sources: Sequence[str],
-        *,
-        has_trackers: bool,
-    ) -> None:
-        self.engine, self.folder, self.num_steps = engine, folder, num_steps
-        self.sources, self.has_trackers = list(sources), has_trackers
-        self.path = os.path.join(folder, "train_log.jsonl")
+    def __init__(self, options: LogOptions, engine: "Engine", num_steps: int, sources: Sequence[str]) -> None:
+        self.options, self.engine, self.num_steps, self.sources = options, engine, num_steps, list(sources)
+        self.folder, self.path = options.output_dir, os.path.join(options.output_dir, "train_log.jsonl")
+        self.has_trackers = options.report_to != ["none"]
         self.window = Window(len(self.sources), engine.device)
         self.measured: dict[int, dict[str, dict[str, float]]] = {}
         """Metrics of each data set, by the step after which they were measured."""
@@ -54,10 +56,12 @@ class TrainLog:
         with saving_errors(step or 0, self.folder):
             self.measured = from_first(lambda: rewind_log(self.path, step, has_measured=has_measured))
 
-    def start_trackers(self, settings: Mapping[str, Any], run_name: str | None) -> None:
+    def start_trackers(self, settings: Mapping[str, Any]) -> None:
         """Tells the trackers of the run and its settings."""
         if self.has_trackers:
-            names = {tracker: {"name": run_name} for tracker in ("wandb", "trackio") if run_name}
+            names = {
+                tracker: {"name": self.options.run_name} for tracker in ("wandb", "trackio") if self.options.run_name
+            }
             flat = {
                 key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
             }
@@ -75,6 +79,10 @@ class TrainLog:
         """Ends the program where the last batch's loss is no number; it waits for the device."""
         if self._unchecked is not None:
             self._unchecked.check()
+
+    def is_due(self, step: int) -> bool:
+        """Whether a line is due after a step."""
+        return step % self.options.logging_steps == 0 or (step == 1 and self.options.logging_first_step)
 
     def write_step(self, progress: "Progress", made: "Step", epoch: float) -> None:
         """A line of the figures since the last one."""

@@ -1,5 +1,6 @@
 """Where a run lives: what it goes on from, its checkpoints, the model that it ends with."""
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -22,6 +23,7 @@ from bge_accel.training.checkpoint import (
     write_state,
 )
 from bge_accel.training.manifest import STATE, write_manifest
+from bge_accel.training.plan import RunPlan
 from bge_accel.training.saved_model import LAST, SAVED, is_complete, keep_best, note_complete, note_saved
 
 if TYPE_CHECKING:
@@ -62,64 +64,75 @@ class Checkpoint:
         return None if differences(self.state["position"], position) else self.state["streams"][rank]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FolderOptions:
+    """What is saved when, and what is gone on from; each named as the flag of scripts/finetune.py."""
+
+    output_dir: str
+    overwrite_output_dir: bool
+    resume_from_checkpoint: str | None
+    allow_changed_data: bool
+    save_strategy: str
+    save_steps: int
+    save_total_limit: int | None
+    load_best_model_at_end: bool
+
+
 class RunFolder:
     """The folder of a training run.
 
     Args:
+        plan: of the run.
         position: all that the place of a row in the run depends on.
         settings: what is learnt and how.
         configuration: the run's flags, as YAML.
-        save_total_limit: how many checkpoints are kept; None keeps all.
     """
 
     def __init__(
         self,
-        path: str,
+        options: FolderOptions,
         engine: "Engine",
+        plan: RunPlan,
         *,
         position: dict[str, Any],
         settings: dict[str, Any],
         configuration: str,
-        save_total_limit: int | None,
     ) -> None:
-        self.path, self.engine, self.position, self.settings = path, engine, position, settings
-        self.configuration, self.save_total_limit = configuration, save_total_limit
+        self.options, self.path, self.engine, self.plan = options, options.output_dir, engine, plan
+        self.position, self.settings, self.configuration = position, settings, configuration
         self.this_run = {"position": position, "settings": settings}
 
     # ---- before the model is loaded
 
     def is_complete(self) -> bool:
-        """Whether it holds the model that this run ends with."""
-        return from_first(lambda: is_complete(self.path, self.this_run))
+        """Whether it holds the model that this run ends with, and the latest is to be gone on from."""
+        return self.options.resume_from_checkpoint == "latest" and from_first(
+            lambda: is_complete(self.path, self.this_run)
+        )
 
-    def find_checkpoint(self, asked: str | None, *, num_steps: int, allow_changed_data: bool) -> Checkpoint | None:
+    def find_checkpoint(self) -> Checkpoint | None:
         """The checkpoint to go on from; None where none is asked for, or there is none.
-
-        Args:
-            asked: a folder, or "latest".
-            num_steps: of this run.
-            allow_changed_data: whether the checkpoint of a run that sees other rows will do.
 
         Raises:
             ValueError: it cannot be gone on from; every process raises it.
         """
+        asked, say, engine = self.options.resume_from_checkpoint, self.engine.say, self.engine
         if asked is None:
             return None
-        say, engine = self.engine.say, self.engine
         path = from_first(lambda: choose_checkpoint(asked, self.path, say))
         if path is None:
             say("note: no checkpoint to go on from; this run starts afresh")
             return None
         state = read_run_state(path)
         changed = differences(state["position"], self.position)
-        if changed and not allow_changed_data:
+        if changed and not self.options.allow_changed_data:
             raise ValueError(
                 f"{path} was saved by another run, so its position means nothing here: "
                 f"{'; '.join(changed)}. Put that back, or go on regardless with --allow_changed_data"
             )
-        if state["step"] > num_steps:
+        if state["step"] > self.plan.num_steps:
             raise ValueError(
-                f"{path} was saved after step {state['step']}, and this run ends after {num_steps}: name an "
+                f"{path} was saved after step {state['step']}, and this run ends after {self.plan.num_steps}: name an "
                 "earlier checkpoint, or have it train for longer"
             )
         if engine.is_deepspeed != os.path.isdir(os.path.join(path, STATE, "deepspeed")):
@@ -135,29 +148,18 @@ class RunFolder:
 
     # ---- when the run begins
 
-    def begin(
-        self,
-        start: Checkpoint | None,
-        *,
-        num_saves: int,
-        keeps_best: bool,
-        removes_later: bool | None,
-    ) -> None:
+    def begin(self, start: Checkpoint | None) -> None:
         """Makes the folder ready to be written into.
 
-        Args:
-            num_saves: checkpoints that are still to be written.
-            keeps_best: whether the best model is kept beside them.
-            removes_later: checkpoints later than `start` are removed (True), are an error (False), or stay (None).
-
         Raises:
-            ValueError: there are later checkpoints, or there is no room.
+            ValueError: there are checkpoints later than `start`, or there is no room.
         """
         step, engine = start.progress.step if start else 0, self.engine
         engine.wait()
         found = find_checkpoints(self.path)
         later = [path for at, path in found if at > step]
-        if later and removes_later is False:
+        goes_on, removes_later = self.options.resume_from_checkpoint == "latest", self.options.overwrite_output_dir
+        if later and not goes_on and not removes_later:
             raise ValueError(
                 f"--output_dir holds {os.path.basename(later[0])}, later than where this run begins; move it away, or "
                 "have it removed by --overwrite_output_dir"
@@ -165,10 +167,10 @@ class RunFolder:
         room = room_for_run(
             engine.model_bytes,
             engine.state_bytes,
-            num_saves=num_saves,
+            num_saves=self.saves_left(start.progress if start else Progress()),
             num_there=len(found) - len(later),
-            limit=self.save_total_limit,
-            keeps_best=keeps_best,
+            limit=self.options.save_total_limit,
+            keeps_best=self.options.load_best_model_at_end,
         )
         remedy = (
             "make room, name another folder, or keep fewer checkpoints: --save_total_limit 1, a larger --save_steps"
@@ -180,7 +182,7 @@ class RunFolder:
         with saving_errors(step, self.path):
             os.makedirs(self.path, exist_ok=True)
             remove_leftovers(self.path)
-            for path in later if removes_later else ():
+            for path in () if goes_on else later:
                 engine.say(f"note: {path}, of an earlier run, is removed")
                 remove_checkpoint(path)
             for name in (REQUEUE,) if start else (REQUEUE, SAVED):  # begun afresh, it is not complete any more
@@ -202,6 +204,21 @@ class RunFolder:
         self.tokenizer, self.model_settings, self.card = tokenizer, settings, card
 
     # ---- while it trains
+
+    def saves_left(self, progress: Progress) -> int:
+        """How many checkpoints are still to be written; of streams saved by epochs, at least as many."""
+        if self.options.save_strategy == "no":
+            return 0
+        if self.options.save_strategy == "epoch":
+            return max(math.ceil(self.plan.num_epochs or 0) - 1 - progress.saved_epoch, 0)
+        every = self.options.save_steps
+        return max((self.plan.num_steps - 1) // every - progress.step // every, 0)
+
+    def is_due(self, progress: Progress, epoch: int) -> bool:
+        """Whether it is time for a checkpoint, when so many epochs are done."""
+        if self.options.save_strategy == "epoch":
+            return epoch > progress.saved_epoch
+        return self.options.save_strategy == "steps" and progress.step % self.options.save_steps == 0
 
     def save_checkpoint(self, progress: Progress, streams: list[dict], best: dict[str, Any] | None) -> None:
         """The model and the state of training as a folder `checkpoint-STEP`; all processes take part."""
@@ -230,9 +247,9 @@ class RunFolder:
                 engine.wait()
                 if engine.is_main:
                     write_manifest(folder)
-            if engine.is_main and self.save_total_limit is not None:
+            if engine.is_main and self.options.save_total_limit is not None:
                 earlier = [path for at, path in find_checkpoints(self.path) if at < step]
-                for path in earlier[: max(len(earlier) - self.save_total_limit + 1, 0)]:
+                for path in earlier[: max(len(earlier) - self.options.save_total_limit + 1, 0)]:
                     remove_checkpoint(path)
             engine.wait()
 
@@ -280,39 +297,39 @@ class RunFolder:
             file.write(self.configuration)
 
 
-def check_run_folder(path: str, *, resumes: bool, overwrites: bool) -> None:
-    """Raises ValueError where a run's folder cannot be written to, or holds what is not to be touched."""
+def check_run_folder(options: FolderOptions) -> None:
+    """Raises ValueError where the folder cannot be written to, or holds what is not to be touched.
+
+    So too where what is to be gone on from is no checkpoint; "latest" is looked for later.
+    """
+    path, asked = options.output_dir, options.resume_from_checkpoint
     check_folder("--output_dir", path)
+    checkpoints = find_checkpoints(path)
     inside = [name for name in os.listdir(path) if name != LOCK] if os.path.isdir(path) else []
-    goes_on = resumes and (RUN_CONFIG in inside or find_checkpoints(path))
-    if not inside or goes_on or overwrites:
-        return
-    if os.environ.get("RANK", "0") == "0":
-        with locked(path):  # or it names the run that is at work there
-            pass
-    way_out = ", or, to go on with its run, --resume_from_checkpoint latest" if find_checkpoints(path) else ""
-    raise ValueError(f"--output_dir {path} is in use; name another folder, or add --overwrite_output_dir{way_out}")
-
-
-def lock_run_folder(path: str, *, resumes: bool, overwrites: bool) -> None:
-    """No other run may write into the folder from here to the end; one may have, while the rows were read."""
-
-    def lock() -> None:
-        lock_output(path)
-        check_run_folder(path, resumes=resumes, overwrites=overwrites)
-
-    from_first(lock)
-
-
-def check_checkpoint(asked: str | None, folder: str) -> None:
-    """Raises ValueError where what is to be gone on from is no checkpoint; "latest" is looked for in the run's folder."""
+    goes_on = asked is not None and (RUN_CONFIG in inside or checkpoints)
+    if inside and not goes_on and not options.overwrite_output_dir:
+        if os.environ.get("RANK", "0") == "0":
+            with locked(path):  # or it names the run that is at work there
+                pass
+        way_out = ", or, to go on with its run, --resume_from_checkpoint latest" if find_checkpoints(path) else ""
+        raise ValueError(f"--output_dir {path} is in use; name another folder, or add --overwrite_output_dir{way_out}")
     if asked in (None, "latest"):
         return
     if not os.path.isdir(asked):
-        or_latest = ", or `latest`" if find_checkpoints(folder) else ""
+        or_latest = ", or `latest`" if checkpoints else ""
         raise ValueError(f"--resume_from_checkpoint {asked} is not a folder; name one{or_latest}")
     if not os.path.isdir(os.path.join(asked, STATE)):
         raise ValueError(
             f"--resume_from_checkpoint {asked} holds no training state; to start from its weights, name it by "
             "--model_name_or_path"
         )
+
+
+def lock_run_folder(options: FolderOptions) -> None:
+    """No other run may write into the folder from here to the end; one may have, while the rows were read."""
+
+    def lock() -> None:
+        lock_output(options.output_dir)
+        check_run_folder(options)
+
+    from_first(lock)

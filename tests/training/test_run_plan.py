@@ -2,50 +2,56 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
-from helpers.repo import Run
+from helpers.repo import REPO, Run
+from helpers.script_files import load_script
 
+from bge_accel.config import options_from
 from bge_accel.data.sources import Source
-from bge_accel.training.plan import PlannedSource, RunPlan, plan_run, repeated_negatives
+from bge_accel.training.plan import DataOptions, PlannedSource, RunPlan, plan_run, repeated_negatives
+
+FINETUNE = load_script(REPO / "scripts" / "finetune.py")
 
 
-def plan(*sizes: int | None, batch_size: int = 10, group_size: int = 4, in_batch: bool = True, **changes) -> RunPlan:
+def plan(*sizes: int | None, num_processes: int = 1, **changes) -> RunPlan:
+    run = FINETUNE.Config(
+        model_name_or_path="", output_dir="", train_data=[], num_train_epochs=2, per_device_train_batch_size=10,
+        train_group_size=4, use_inbatch_neg=True,
+    )  # fmt: skip
+    options = replace(options_from(DataOptions, run), **changes)
     sources = [
-        PlannedSource.of(
-            Source(name=str(number), path=[]), num_rows=size, epochs=2, group_size=group_size, batch_size=batch_size,
-            in_batch_negatives=in_batch,
-        )
-        for number, size in enumerate(sizes)
-    ]  # fmt: skip
-    settings = {
-        "num_processes": 1, "max_steps": -1, "gradient_accumulation_steps": 1, "drop_last": False, "mixed": False,
-        "sampling_temperature": 1.0, "negatives_cross_device": False,
-    }  # fmt: skip
-    return plan_run(sources, **(settings | changes))
+        PlannedSource.of(Source(name=str(number), path=[]), options, num_rows=size) for number, size in enumerate(sizes)
+    ]
+    return plan_run(sources, options, num_processes)
 
 
 def test_no_more_negatives_are_promised_than_the_rows_give() -> None:
     assert (
-        plan(60, batch_size=500, group_size=1).met(0)
+        plan(60, per_device_train_batch_size=500, train_group_size=1).met(0)
         == "59 negatives (of the 499 of such a batch: the rows give no more)"
     )
-    assert plan(600, batch_size=500, group_size=1).met(0) == "499 negatives"
-    assert plan(60, 1000, batch_size=500, group_size=2).negatives == [119, 999]
-    assert plan(60, 1000, batch_size=500, group_size=2, mixed=True).negatives == [999, 999]
-    assert plan(60, batch_size=40, group_size=1, num_processes=4).negatives == [39]
-    assert plan(60, batch_size=40, group_size=1, num_processes=4, negatives_cross_device=True).negatives == [59]
-    assert plan(60, batch_size=500, in_batch=False).negatives == [3]
-    assert plan(None, batch_size=500, max_steps=9).negatives == [1999], "nobody knows what a stream gives"
+    assert plan(600, per_device_train_batch_size=500, train_group_size=1).met(0) == "499 negatives"
+    assert plan(60, 1000, per_device_train_batch_size=500, train_group_size=2).negatives == [119, 999]
+    assert plan(60, 1000, per_device_train_batch_size=500, train_group_size=2, mix_sources=True).negatives == [999, 999]
+    assert plan(60, per_device_train_batch_size=40, train_group_size=1, num_processes=4).negatives == [39]
+    assert plan(
+        60, per_device_train_batch_size=40, train_group_size=1, num_processes=4, negatives_cross_device=True
+    ).negatives == [59]
+    assert plan(60, per_device_train_batch_size=500, use_inbatch_neg=False).negatives == [3]
+    assert plan(None, per_device_train_batch_size=500, max_steps=9).negatives == [1999], (
+        "nobody knows what a stream gives"
+    )
 
 
 def test_rows_that_do_not_fill_a_step_are_refused() -> None:
-    assert plan(25, batch_size=60).num_steps == 1
+    assert plan(25, per_device_train_batch_size=60).num_steps == 1
     with pytest.raises(ValueError, match="25 rows x 2 epochs do not fill one step of 60 queries x 1"):
-        plan(25, batch_size=60, drop_last=True)
+        plan(25, per_device_train_batch_size=60, dataloader_drop_last=True)
 
 
 def test_the_group_that_nearly_all_rows_fill() -> None:
