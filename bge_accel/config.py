@@ -12,7 +12,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, Union
 
@@ -75,16 +75,17 @@ def option(
     above: float | None = None,
     at_most: float | None = None,
     below: float | None = None,
+    choices: Iterable[str] = (),
     aliases: Sequence[str] = (),
     group: str = "",
 ) -> Any:
     """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in `--help`.
 
     Every number has its bounds: `at_least` or `above`, and `at_most` or `below` where there is an upper one. One that may
-    be any says so by `above=-math.inf`.
+    be any says so by `above=-math.inf`. `choices` are those of a text that are read from a table.
     """
     bounds = Bounds(at_least, above, at_most, below)
-    metadata = {"help": help, "aliases": tuple(aliases), "group": group, "bounds": bounds}
+    metadata = {"help": help, "aliases": tuple(aliases), "group": group, "bounds": bounds, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -124,6 +125,9 @@ def parse_config(
     refused = refused or {}
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    for field in fields.values():
+        if choices := tuple(field.metadata.get("choices", ())):
+            hints[field.name] = Literal[choices] | None
     names = {alias: field.name for field in fields.values() for alias in (field.name, *field.metadata["aliases"])}
     parser = _Parser(
         description=description, formatter_class=_HelpFormatter, allow_abbrev=False, known=[*names, *refused]

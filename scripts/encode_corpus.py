@@ -30,6 +30,7 @@ from bge_accel.files.faults import Faults
 from bge_accel.files.lock import lock_output
 from bge_accel.files.outputs import check_folder, check_output
 from bge_accel.files.parts import what_is_kept
+from bge_accel.models.pooling import POOLING
 from bge_accel.processes.group import SharedCounters, from_first, leave_processes
 from bge_accel.processes.progress import progress, say, warn
 from bge_accel.processes.signals import interruptible
@@ -57,8 +58,11 @@ class Config:
     passage_instruction_for_retrieval: str | None = option(
         None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
     )
-    pooling_method: Literal["cls", "mean", "last_token"] | None = option(
-        None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
+    pooling_method: str | None = option(
+        None,
+        "how token states become one vector; default: what the model says of itself, else cls",
+        choices=POOLING,
+        group="model",
     )
     normalize_embeddings: bool | None = option(
         None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"

@@ -32,7 +32,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -63,6 +63,7 @@ from bge_accel.files.lock import lock_output
 from bge_accel.files.outputs import check_folder, check_output
 from bge_accel.files.parts import what_is_kept
 from bge_accel.files.text import installed_version, printable, shorten, shown_name
+from bge_accel.models.pooling import POOLING
 from bge_accel.processes.group import Processes, SharedCounters, gather, leave_processes
 from bge_accel.processes.progress import say, warn
 from bge_accel.processes.signals import interruptible
@@ -106,8 +107,11 @@ class Config:
     passage_instruction_for_retrieval: str | None = option(
         None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
     )
-    pooling_method: Literal["cls", "mean", "last_token"] | None = option(
-        None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
+    pooling_method: str | None = option(
+        None,
+        "how token states become one vector; default: what the model says of itself, else cls",
+        choices=POOLING,
+        group="model",
     )
     normalize_embeddings: bool | None = option(
         None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"

@@ -29,6 +29,7 @@ from bge_accel.config import check_model_path, option, options_from, parse_confi
 from bge_accel.data.sources import YAML
 from bge_accel.evaluation.in_training import Best, EncodingSettings, EvaluationOptions, Evaluations, read_eval_sets
 from bge_accel.models.card import inline, license_of, model_card
+from bge_accel.models.pooling import POOLING
 from bge_accel.processes.group import leave_processes
 from bge_accel.processes.progress import progress as progress_bar
 from bge_accel.processes.signals import StopSignals, interruptible
@@ -62,8 +63,11 @@ class Config:
         group="data",
     )
 
-    sentence_pooling_method: Literal["cls", "mean", "last_token"] | None = option(
-        None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
+    sentence_pooling_method: str | None = option(
+        None,
+        "how token states become one vector; default: what the model says of itself, else cls",
+        choices=POOLING,
+        group="model",
     )
     normalize_embeddings: bool | None = option(
         None,

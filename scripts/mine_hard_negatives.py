@@ -57,6 +57,7 @@ from bge_accel.mining.choice import (
 from bge_accel.mining.histogram import plot_histogram, text_histogram
 from bge_accel.mining.pool import TextPool, read_pool_texts, text_key, write_pool
 from bge_accel.mining.rows import new_row, rounded
+from bge_accel.models.pooling import POOLING
 from bge_accel.processes.group import Processes, SharedCounters, leave_processes
 from bge_accel.processes.progress import progress, say, warn
 from bge_accel.processes.signals import interruptible
@@ -104,8 +105,11 @@ class Config:
     passage_instruction_for_retrieval: str | None = option(
         None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
     )
-    pooling_method: Literal["cls", "mean", "last_token"] | None = option(
-        None, "how token states become one vector; default: what the model says of itself, else cls", group="model"
+    pooling_method: str | None = option(
+        None,
+        "how token states become one vector; default: what the model says of itself, else cls",
+        choices=POOLING,
+        group="model",
     )
     normalize_embeddings: bool | None = option(
         None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"

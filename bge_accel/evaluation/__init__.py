@@ -3,7 +3,7 @@ evaluation of a model while it trains."""
 
 DOOR = {
     "comparison": "choose_metric compare Difference difference_cells differences_table moved_text".split(),
-    "in_training": "Best EncodingSettings evaluate_in_training read_eval_sets retrieval_from_rows".split(),
+    "in_training": "Best EncodingSettings EvaluationOptions Evaluations read_eval_sets retrieval_from_rows".split(),
     "retrieval": "choose_cutoffs evaluate_retrieval evaluate_run Evaluation EvaluationData ranking_rows sample_rankings score_histogram".split(),
     "search": "build_index check_index_factory FAISS_PACKAGES installed_faiss search".split(),
     "set_files": "files_of_beir".split(),

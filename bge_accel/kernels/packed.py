@@ -24,7 +24,6 @@ Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch
 # Absolute positions, and keyword arguments that reach the attention function.
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "camembert")
 PREFIX = "bge_accel_unpadded_"
-PACKED_POOLING_METHODS = ("cls", "mean", "last_token")  # those of `pool_packed`
 
 
 def attend_torch(
@@ -254,17 +253,6 @@ def pack(input_ids: torch.Tensor, attention_mask: torch.Tensor, config: Any) -> 
 def num_packed(num_tokens: int, config: Any) -> int:
     """How many tokens of a model with a kernel stand in the row for so many of texts; the rest, at its end, is of none."""
     return onednn.round_up(num_tokens) if config._attn_implementation == PREFIX + "cpu" else num_tokens
-
-
-def pool_packed(hidden: torch.Tensor, starts: torch.Tensor, method: str) -> torch.Tensor:
-    """Hidden states (tokens, dim) of packed texts to one vector a text (n, dim), as `models.pooling.pool` does for padded ones."""
-    if method == "mean":
-        if hidden.device.type == "cpu":  # whose rows are filled up
-            hidden = hidden[: int(starts[-1].numpy())]
-        precise = hidden if hidden.dtype == torch.float64 else hidden.float()
-        # Not index_add, whose sums on a GPU differ from run to run.
-        return torch.segment_reduce(precise, "mean", lengths=starts.diff().long(), unsafe=True)
-    return hidden[starts[:-1] if method == "cls" else starts[1:] - 1]
 
 
 def pad(hidden: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

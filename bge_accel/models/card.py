@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from bge_accel.files.parsing import read_front_matter
 from bge_accel.files.text import installed_version, printable, shown_name, shown_number
+from bge_accel.models.pooling import POOLING
 
 if TYPE_CHECKING:
     from bge_accel.models.settings import EmbeddingSettings
 
 
 SHOWN_SCORES = ("nDCG@10", "MRR@10", "Recall@10", "Recall@100")  # of a card; a log has all
-
-_POOLED = {
-    "cls": "hidden[:, 0]",
-    "mean": "(hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)",
-    "last_token": "hidden[torch.arange(len(hidden)), mask.sum(1) - 1]",
-}
 
 
 def model_card(
@@ -145,7 +140,7 @@ def usage(settings: "EmbeddingSettings") -> str:
     """Four ways to load the model, as far as its pooling is known; each gives the same `q_emb` and `p_emb`."""
     example = 'queries, passages = ["a question"], ["a passage", "another, longer passage"]'
     normalised = "torch.nn.functional.normalize(pooled, dim=-1)" if settings.normalize else "pooled"
-    pooled = _POOLED.get(settings.pooling or "cls")
+    pooled = POOLING[settings.pooling or "cls"].snippet
     ways = {
         "bge_accel": f"""
 from bge_accel import EmbeddingModel

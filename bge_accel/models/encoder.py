@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bge_accel.config import check_model_path
 from bge_accel.kernels import last_layer
-from bge_accel.kernels.packed import PACKED_POOLING_METHODS, pad, pool_packed, why_not
+from bge_accel.kernels.packed import pad, why_not
 from bge_accel.models.compiling import check_gradient_checkpointing, enable_gradient_checkpointing
 from bge_accel.models.loading import (
     check_lengths,
@@ -26,7 +26,7 @@ from bge_accel.models.loading import (
     model_without_weights,
     read_config,
 )
-from bge_accel.models.pooling import POOLING_FROM_ST, POOLING_METHODS, pool, pooled_tokens
+from bge_accel.models.pooling import POOLING, place_of_token, st_flags
 from bge_accel.models.settings import EmbeddingSettings, read_settings
 from bge_accel.models.tokenizing import TOKENIZING
 
@@ -36,10 +36,10 @@ class Encoder(torch.nn.Module):
 
     def __init__(self, backbone: torch.nn.Module, pooling: str, normalize: bool) -> None:
         super().__init__()
-        assert pooling in POOLING_METHODS
         self.backbone, self.pooling, self.normalize = backbone, pooling, normalize
+        self._pooling = POOLING[pooling]
         self.config = backbone.config  # where DeepSpeed looks for the model's width
-        self._knows_tokens = pooling in ("cls", "last_token") and last_layer.prepare(backbone)
+        self._knows_tokens = self._pooling.token is not None and last_layer.prepare(backbone)
 
     @property
     def pools_one_token(self) -> bool:
@@ -64,21 +64,22 @@ class Encoder(torch.nn.Module):
             mask = mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1) if is_padded else None
         inputs = {"input_ids": input_ids, "attention_mask": mask, **packed}
         if self.pools_one_token:
+            assert self._pooling.token is not None
             if attention_mask is not None:
-                inputs["pooled_tokens"] = pooled_tokens(attention_mask, self.pooling)
+                inputs["pooled_tokens"] = place_of_token(attention_mask, self._pooling.token)
             else:
                 starts = packed["starts"]
-                inputs["pooled_tokens"] = starts[:-1] if self.pooling == "cls" else starts[1:] - 1
+                inputs["pooled_tokens"] = starts[:-1] if self._pooling.token == 0 else starts[1:] - 1
         hidden = self.backbone(**inputs).last_hidden_state
         with torch.autocast(hidden.device.type, enabled=False):
             if self.pools_one_token:
                 pooled = hidden.flatten(0, 1)  # one of the first two dimensions is 1
-            elif attention_mask is None and self.pooling in PACKED_POOLING_METHODS:
-                pooled = pool_packed(hidden[0], packed["starts"], self.pooling)
-            elif attention_mask is None:
-                pooled = pool(*pad(hidden[0], packed["starts"]), self.pooling)
+            elif attention_mask is not None:
+                pooled = self._pooling.padded(hidden, attention_mask)
+            elif self._pooling.packed is not None:
+                pooled = self._pooling.packed(hidden[0], packed["starts"])
             else:
-                pooled = pool(hidden, attention_mask, self.pooling)
+                pooled = self._pooling.padded(*pad(hidden[0], packed["starts"]))
             if pooled.dtype in (torch.float16, torch.bfloat16):
                 pooled = pooled.float()
             return F.normalize(pooled, dim=-1) if self.normalize else pooled
@@ -220,7 +221,7 @@ def save_encoder(
         ],
         "1_Pooling/config.json": {
             "word_embedding_dimension": backbone.config.hidden_size,
-            **{key: name == settings.pooling for key, name in POOLING_FROM_ST.items() if key.startswith("pooling_")},
+            **st_flags(settings.pooling),
             "include_prompt": True,
         },
         "sentence_bert_config.json": {"max_seq_length": settings.max_length, "do_lower_case": settings.lower_case},

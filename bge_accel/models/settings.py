@@ -7,7 +7,7 @@ from typing import Any
 
 from bge_accel.files.parsing import is_inside, load_json
 from bge_accel.files.text import shorten
-from bge_accel.models.pooling import POOLING_FROM_ST, POOLING_METHODS
+from bge_accel.models.pooling import POOLING, pooling_of_st
 
 # Fields of EmbeddingSettings, and how they are called.
 _SETTINGS = {
@@ -41,8 +41,8 @@ class EmbeddingSettings:
         passage_prefix: str | None = None,
     ) -> "EmbeddingSettings":
         """What is given wins over what the checkpoint says; where both are silent, CLS and normalised (BGE's way)."""
-        if pooling is not None and pooling not in POOLING_METHODS:
-            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLING_METHODS)}")
+        if pooling is not None and pooling not in POOLING:
+            raise ValueError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
         return replace(
             self,
             pooling=pooling or self.pooling or "cls",
@@ -165,9 +165,10 @@ def _read_pooling(model: str, path: str, hub: dict[str, Any]) -> str:
         modes = mode if isinstance(mode, list) else [mode]
     else:
         modes = [key for key, value in config.items() if key.startswith("pooling_mode_") and value is True]
-    if len(modes) != 1 or not isinstance(modes[0], str) or modes[0] not in POOLING_FROM_ST:
-        raise ValueError(f"{model}: pooling {modes} is not supported; here it is one of {', '.join(POOLING_METHODS)}")
-    return POOLING_FROM_ST[modes[0]]
+    found = pooling_of_st(modes[0]) if len(modes) == 1 else None
+    if found is None:
+        raise ValueError(f"{model}: pooling {modes} is not supported; here it is one of {', '.join(POOLING)}")
+    return found
 
 
 def _read_json(model: str, name: str, hub: dict[str, Any]) -> Any:

@@ -12,12 +12,13 @@ from helpers.warm_start import Job
 from bge_accel.encoding.transfer import encoder_inputs, to_device, to_host
 from bge_accel.kernels import packed as unpadded
 from bge_accel.models.encoder import Encoder
+from bge_accel.models.pooling import POOLING
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("family", [*unpadded.MODEL_TYPES, "electra"])
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("lengths", [[5, 1, 12, 3], [4, 4]])
 def test_embeddings_are_those_of_a_plain_mask(family, pooling, side, lengths):

@@ -12,14 +12,14 @@ from bge_accel.kernels import last_layer
 from bge_accel.kernels import packed as unpadded
 from bge_accel.models.compiling import enable_gradient_checkpointing
 from bge_accel.models.encoder import Encoder, load_encoder
-from bge_accel.models.pooling import pool
+from bge_accel.models.pooling import POOLING
 
 LENGTHS = ([5, 1, 12, 12, 3], [7], [1], [4, 4])
 
 
 def whole(encoder, batch, normalize=False):
     """As any model gives it: all states of all layers, and then one of them."""
-    pooled = pool(encoder.backbone(**batch).last_hidden_state, batch["attention_mask"], encoder.pooling)
+    pooled = POOLING[encoder.pooling].padded(encoder.backbone(**batch).last_hidden_state, batch["attention_mask"])
     return F.normalize(pooled, dim=-1) if normalize else pooled
 
 

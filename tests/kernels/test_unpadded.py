@@ -17,12 +17,13 @@ from bge_accel import EmbeddingModel
 from bge_accel.kernels import onednn
 from bge_accel.kernels import packed as unpadded
 from bge_accel.models.encoder import Encoder, load_encoder
+from bge_accel.models.pooling import POOLING
 
 LENGTHS = ([5, 1, 12, 12, 3], [7], [1], [4, 4], [20, 2])
 
 
 @pytest.mark.parametrize("family", unpadded.MODEL_TYPES)
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("lengths", LENGTHS)
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
@@ -57,7 +58,7 @@ def test_a_row_is_filled_up_for_the_products_of_a_cpu(rounded):
     assert packed["starts"].tolist() == [0, 5, 6] and packed["position_ids"].max() == 6
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
 def test_gradients_are_those_of_padded_texts(pooling, checkpointing, kernel, rounded):
@@ -104,7 +105,7 @@ def test_texts_do_not_see_each_other(kernel):
 TEXTS = [f"the king and {'the story ' * (number % 11)}{number}" for number in range(40)] + ["", "x " * 300]
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("kernel", ["cpu", "plain"])
 def test_an_embedding_model_without_padding(tiny_model, pooling, kernel, monkeypatch):
     model = EmbeddingModel(tiny_model, device="cpu", pooling=pooling, attention=kernel)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 from bge_accel.encoding.embedding_model import EmbeddingModel
 from bge_accel.encoding.pipeline import encode_texts
 from bge_accel.models.encoder import Encoder, load_encoder, save_encoder
-from bge_accel.models.pooling import pool
+from bge_accel.models.pooling import POOLING
 from bge_accel.models.settings import EmbeddingSettings, instruction_prefix, read_settings
 
 TEXTS = [
@@ -70,7 +70,8 @@ def by_hand(folder, texts, pooling, normalize):
     for text in texts:
         with torch.no_grad():
             hidden = model(**tokenizer(text, truncation=True, return_tensors="pt")).last_hidden_state[0]
-        vector = {"cls": hidden[0], "mean": hidden.sum(0) / len(hidden), "last_token": hidden[-1]}[pooling]
+        ways = {"cls": hidden[0], "mean": hidden.mean(0), "last_token": hidden[-1], "max": hidden.max(0).values}
+        vector = ways[pooling]
         embeddings.append(vector / vector.square().sum().sqrt() if normalize else vector)
     return torch.stack(embeddings).numpy()
 
@@ -84,7 +85,7 @@ def assert_same(ours, theirs):
 # ---- pooling
 
 
-@pytest.mark.parametrize("method", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("method", POOLING)
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_pool_equals_loops_and_ignores_padding(method, side, dtype):
@@ -96,17 +97,23 @@ def test_pool_equals_loops_and_ignores_padding(method, side, dtype):
         real = slice(width - length, width) if side == "left" else slice(length)
         mask[row, real] = 1
         tokens = hidden[row, real].double()
-        expected.append({"cls": tokens[0], "mean": sum(tokens) / length, "last_token": tokens[-1]}[method])
-    pooled = pool(hidden, mask, method)
+        of_text = {
+            "cls": tokens[0],
+            "mean": sum(tokens) / length,
+            "last_token": tokens[-1],
+            "max": tokens.max(0).values,
+        }
+        expected.append(of_text[method])
+    pooled = POOLING[method].padded(hidden, mask)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6  # the mean of bfloat16 states is taken in float32
     torch.testing.assert_close(pooled.double(), torch.stack(expected), rtol=0, atol=tolerance)
     hidden[mask == 0] = 99
-    assert torch.equal(pool(hidden, mask, method), pooled)
+    assert torch.equal(POOLING[method].padded(hidden, mask), pooled)
 
 
 def test_forward_normalises_in_float32(tiny_model):
     inputs = {"input_ids": torch.tensor([[2, 9, 3]]), "attention_mask": torch.ones(1, 3, dtype=torch.int64)}
-    for method in ("cls", "mean", "last_token"):
+    for method in POOLING:
         encoder, _, _ = load_encoder(tiny_model, dtype=torch.bfloat16, pooling=method)
         emb = encoder(**inputs)
         assert emb.dtype == torch.float32 and emb.norm().item() == pytest.approx(1, abs=1e-6)
@@ -174,7 +181,10 @@ def test_pooling_of_both_config_styles(tmp_path, pooling, expected, normalize):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"pooling": old_style("max_tokens")}, "pooling ['pooling_mode_max_tokens'] is not supported"),
+        (
+            {"pooling": old_style("weightedmean_tokens")},
+            "pooling ['pooling_mode_weightedmean_tokens'] is not supported",
+        ),
         ({"pooling": old_style("cls_token", "mean_tokens")}, "is not supported"),
         ({"pooling": old_style()}, "pooling [] is not supported; here it is one of cls, mean, last_token"),
         ({"pooling": "weightedmean"}, "pooling ['weightedmean'] is not supported"),
@@ -265,8 +275,8 @@ def test_what_is_given_wins_over_what_the_checkpoint_says(copy_of):
     assert settings == EmbeddingSettings("last_token", False, "", "x", max_length=128)
     assert (encoder.pooling, encoder.normalize) == ("last_token", False)
     assert load_encoder(folder, settings=EmbeddingSettings("cls"))[2].pooling == "cls"
-    with pytest.raises(ValueError, match="pooling 'max' is not one of cls, mean, last_token"):
-        load_encoder(folder, pooling="max")
+    with pytest.raises(ValueError, match="pooling 'median' is not one of cls, mean, last_token, max"):
+        load_encoder(folder, pooling="median")
 
 
 @pytest.mark.parametrize(
@@ -342,7 +352,7 @@ def same_from_everywhere(folder, pooling, normalize, query_prefix, passage_prefi
     return ours
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("prefixes", [("", ""), ("find what answers: ", "text:\n")], ids=["plain", "instructed"])
 def test_three_libraries_embed_alike(tiny_model, tmp_path, pooling, normalize, prefixes):

@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 
 from bge_accel import mix_models
 from bge_accel.models.card import license_of, model_card
+from bge_accel.models.pooling import POOLING
 from bge_accel.models.settings import EmbeddingSettings
 
 INSTRUCTION = 'Find "it":\n\\ 的 '
@@ -52,7 +53,7 @@ def licensed(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 def test_snippets_of_a_tuned_model_run_and_agree(tmp_path: Path, licensed: Path, run_script: Run, pooling: str) -> None:
     data, held_out = write_rows(tmp_path / "rows.jsonl", 16), write_rows(tmp_path / "dev.jsonl", 12, seed=1)
     out = tmp_path / 'tuned: "#1"'
@@ -97,7 +98,7 @@ def test_card_of_a_merged_model(tmp_path: Path, licensed: Path, run_script: Run)
     assert ModelCard.load(tmp_path / "differ" / "README.md").data.license is None
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 def test_langchain_snippet_agrees(tmp_path: Path, licensed: Path, run_script: Run, pooling: str) -> None:
     pytest.importorskip("langchain_huggingface", reason="needs `pip install langchain-huggingface`")
     data = write_rows(tmp_path / "rows.jsonl", 16)

@@ -12,6 +12,7 @@ from helpers.warm_start import Job
 
 from bge_accel.encoding.batching import make_token_batch
 from bge_accel.models.encoder import Encoder, load_encoder
+from bge_accel.models.pooling import POOLING
 from bge_accel.training.losses import contrastive_loss
 from bge_accel.training.step import ActivationBudget, automatic_activation_bytes, embed_and_backward
 
@@ -44,7 +45,7 @@ def plain_gradient(encoder: Encoder) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None])
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "last_token"])
+@pytest.mark.parametrize("pooling", POOLING)
 @pytest.mark.parametrize("keep", list(BUDGETS))
 def test_gradient_equals_plain_autograd_in_float64(tiny_model: str, pooling: str, keep: str) -> None:
     encoder, _, _ = load_encoder(tiny_model, pooling=pooling, dtype=torch.float64)  # eval mode: no dropout
