@@ -76,24 +76,84 @@ def option(
     at_most: float | None = None,
     below: float | None = None,
     choices: Iterable[str] = (),
+    needs: Mapping[str, str] | None = None,
+    excludes: Mapping[str, str] | None = None,
+    affects_learning: bool = True,
+    in_card: Literal["value", "last part", "file name", "never"] = "value",
     aliases: Sequence[str] = (),
     group: str = "",
 ) -> Any:
-    """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in `--help`.
+    """A dataclass field with help text; `aliases` are further names of the flag, `group` its heading in
+    `--help`, which holds for the fields after it too.
 
     Every number has its bounds: `at_least` or `above`, and `at_most` or `below` where there is an upper one. One that may
-    be any says so by `above=-math.inf`. `choices` are those of a text that are read from a table.
+    be any says so by `above=-math.inf`.
+
+    Args:
+        choices: of a text, read from a table.
+        needs: flags without which this one makes no sense, each with the reason; see `check_rules`.
+        excludes: flags that cannot be given with this one, each with the way out.
+        affects_learning: whether a run that is gone on with says so where its value has changed.
+        in_card: what the card of a saved model shows of it. A path's folders are nobody else's business: "last part" leaves
+            out those of an absolute one, "file name" of any.
     """
-    bounds = Bounds(at_least, above, at_most, below)
-    metadata = {"help": help, "aliases": tuple(aliases), "group": group, "bounds": bounds, "choices": choices}
+    metadata = {
+        **{"help": help, "aliases": tuple(aliases), "group": group, "choices": choices, "in_card": in_card},
+        **{"bounds": Bounds(at_least, above, at_most, below), "affects_learning": affects_learning},
+        **{"needs": needs or {}, "excludes": excludes or {}},
+    }
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help: str, *, group: str = "") -> Any:
-    """A dataclass field that has to be given, by `--config` or on the command line."""
-    return dataclasses.field(metadata={"help": help, "aliases": (), "group": group, "bounds": Bounds()})
+def required(help: str, **rules: Any) -> Any:
+    """A dataclass field that has to be given, by `--config` or on the command line; `rules` are those of `option`."""
+    return dataclasses.field(metadata=option(None, help, **rules).metadata)
+
+
+def check_rules(config: Any) -> None:
+    """Raises ValueError where a flag that is given lacks one that it needs, or excludes another that is given."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    given = {name for name, field in fields.items() if _is_on(config, name) and getattr(config, name) != field.default}
+    for name in (name for name in fields if name in given):
+        for other, reason in fields[name].metadata["needs"].items():
+            if not _is_on(config, other):
+                raise ValueError(f"--{name} needs --{other}: {reason}")
+        for other, way_out in fields[name].metadata["excludes"].items():
+            if other in given and other != name:
+                raise ValueError(f"--{name} and --{other} exclude each other; {way_out}")
+
+
+def _is_on(config: Any, name: str) -> bool:
+    value = getattr(config, name)
+    return value > 0 if isinstance(value, int | float) else bool(value)
+
+
+def learning_settings(config: Any) -> dict[str, Any]:
+    """What is learnt and how: the settings whose change since a checkpoint is worth a word."""
+    kept = {field.name for field in dataclasses.fields(config) if field.metadata["affects_learning"]}
+    return {name: value for name, value in dataclasses.asdict(config).items() if name in kept}
+
+
+def without_secrets(config: T) -> T:
+    """The settings without what nobody else may know."""
+    secret = {field.name: None for field in dataclasses.fields(config) if field.metadata["in_card"] == "never"}  # type: ignore[arg-type]
+    return dataclasses.replace(config, **secret)  # type: ignore[type-var]
+
+
+def shown_in_card(config: T) -> T:
+    """The settings as the card of a saved model shows them."""
+
+    def shown(value: Any, how: str) -> Any:
+        if isinstance(value, list):
+            return [shown(item, how) for item in value]
+        cut = isinstance(value, str) and (how == "file name" or (how == "last part" and os.path.isabs(value)))
+        return os.path.basename(os.path.normpath(value)) if cut else value
+
+    hows = {field.name: field.metadata["in_card"] for field in dataclasses.fields(config)}  # type: ignore[arg-type]
+    values = {name: shown(getattr(config, name), how) for name, how in hows.items()}
+    return without_secrets(dataclasses.replace(config, **values))  # type: ignore[type-var]
 
 
 def options_from(record: type[T], config: Any, **others: Any) -> T:
@@ -126,7 +186,7 @@ def parse_config(
     hints = typing.get_type_hints(config_class)
     fields = {field.name: field for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     for field in fields.values():
-        if choices := tuple(field.metadata.get("choices", ())):
+        if choices := tuple(field.metadata["choices"]):
             hints[field.name] = Literal[choices] | None
     names = {alias: field.name for field in fields.values() for alias in (field.name, *field.metadata["aliases"])}
     parser = _Parser(
@@ -134,8 +194,9 @@ def parse_config(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file that sets any of these; the command line wins")
     groups: dict[str, Any] = {}
+    title = ""
     for field in fields.values():
-        title = field.metadata["group"]
+        title = field.metadata["group"] or title
         target = groups.setdefault(title, parser.add_argument_group(title)) if title else parser
         _add_argument(target, field, hints[field.name])
     for name, refusal in refused.items():
@@ -295,6 +356,9 @@ def _add_argument(target: Any, field: dataclasses.Field, hint: Any) -> None:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     help_text = field.metadata["help"]
+    for rule, flags_of_rule in (("needs", field.metadata["needs"]), ("not with", field.metadata["excludes"])):
+        if flags_of_rule:
+            help_text += f" ({rule} {', '.join(f'--{name}' for name in flags_of_rule)})"
     if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
         help_text += " (required)"
     elif field.default not in (None, dataclasses.MISSING, ""):

@@ -55,17 +55,15 @@ class Config(finetune.Config):
     """A run of scripts/finetune.py, and how closely it is looked at."""
 
     json: str | None = option(None, "write the report to this file as JSON too; - prints that alone", group="doctor")
-    sample_rows: int = option(10_000, "rows that are looked at, drawn from all files", at_least=1, group="doctor")
+    sample_rows: int = option(10_000, "rows that are looked at, drawn from all files", at_least=1)
     measure_steps: int = option(
         3, "real steps at each of two batch sizes, to foretell memory and time; 0 for none, else at least 2", at_least=0,
-        group="doctor",
     )  # fmt: skip
     num_processes: int | None = option(
         None,
         "that the run will have; default: as `accelerate launch` started this, else 1",
         at_least=1,
         at_most=1_000_000,
-        group="doctor",
     )
 
 

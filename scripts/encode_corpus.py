@@ -56,19 +56,18 @@ class Config:
         None, 'put before each query; "" for none; default: what the model says of itself', group="model"
     )
     passage_instruction_for_retrieval: str | None = option(
-        None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
+        None, 'put before each passage; "" for none; default: what the model says of itself'
     )
     pooling_method: str | None = option(
         None,
         "how token states become one vector; default: what the model says of itself, else cls",
         choices=POOLING,
-        group="model",
     )
     normalize_embeddings: bool | None = option(
-        None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
+        None, "scale embeddings to length 1; default: what the model says of itself, else True"
     )
-    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    cache_dir: str | None = option(None, "where models from the hub are kept")
 
     max_length: int | None = option(
         None,
@@ -77,20 +76,18 @@ class Config:
         group="encoding",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
-        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32", group="encoding"
+        "auto", "to compute in; auto: fp16 on a GPU, bf16 on a CPU that is faster in it, else fp32"
     )
     max_tokens_per_micro_batch: int | None = option(
         None, "padded tokens in one forward pass, halved where memory is short; default: 8192 (GPU) or 2048 (CPU)", at_least=1,
-        group="encoding",
     )  # fmt: skip
-    batch_size: int | None = option(None, "at most so many texts in one forward pass", at_least=1, group="encoding")
+    batch_size: int | None = option(None, "at most so many texts in one forward pass", at_least=1)
 
     dtype: Literal["float16", "float32"] = option("float32", "to store in", group="output")
     shard_size: int | None = option(
         None, "texts in a shard: what a kill can cost; default: 4,096 to 65,536, fewer for several processes", at_least=1,
-        group="output",
     )  # fmt: skip
-    disable_tqdm: bool = option(False, "no progress bar", group="output")
+    disable_tqdm: bool = option(False, "no progress bar")
 
 
 def check(cfg: Config) -> None:

@@ -90,86 +90,78 @@ class Config:
         None,
         'files, globs, folders or hub names of passages {"content" or "text"}, optional "id", "title"; a folder in '
         "BEIR's layout brings queries and judgements; default: MS MARCO's",
-        group="data",
     )
     query_data: list[str] | None = option(
         None,
         'the same of queries {"query" or "text"} with "positive": [text, ...], or "id" and --qrels; default: MS MARCO\'s',
-        group="data",
     )
 
     add_instruction: bool = option(
         False, f"put BGE's English instruction {BGE_INSTRUCTION!r} before each query", group="model"
     )
     query_instruction_for_retrieval: str | None = option(
-        None, 'put before each query; "" for none; default: what the model says of itself', group="model"
+        None, 'put before each query; "" for none; default: what the model says of itself'
     )
     passage_instruction_for_retrieval: str | None = option(
-        None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
+        None, 'put before each passage; "" for none; default: what the model says of itself'
     )
     pooling_method: str | None = option(
         None,
         "how token states become one vector; default: what the model says of itself, else cls",
         choices=POOLING,
-        group="model",
     )
     normalize_embeddings: bool | None = option(
-        None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
+        None, "scale embeddings to length 1; default: what the model says of itself, else True"
     )
-    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    cache_dir: str | None = option(None, "where models from the hub are kept")
 
     qrels: str | None = option(
         None, "judgements: lines `query-id corpus-id score` (BEIR) or `query-id 0 corpus-id grade` (TREC)", group="data"
     )
 
     split: str | None = option(
-        None, "of judgements in BEIR's layout (default: test), or of queries on the hub (default: dev)", group="data"
+        None, "of judgements in BEIR's layout (default: test), or of queries on the hub (default: dev)"
     )
 
     k: int = option(100, "passages retrieved for each query", at_least=1, group="search")
-    cutoffs: list[int] | None = option(
-        None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", at_least=1, group="search"
-    )
-    index_factory: str = option("Flat", "FAISS index string; Flat is exact", group="search")
+    cutoffs: list[int] | None = option(None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", at_least=1)
+    index_factory: str = option("Flat", "FAISS index string; Flat is exact")
     num_processes: int | None = option(
         None,
         "started on this machine, each encodes and searches its share; default: one a GPU",
         at_least=1,
         at_most=1024,
-        group="search",
     )
 
     max_query_length: int = option(
         32, "tokens that a query is cut to, special tokens included", at_least=1, group="encoding"
     )
-    max_passage_length: int = option(
-        128, "tokens that a passage is cut to, special tokens included", at_least=1, group="encoding"
-    )
-    batch_size: int = option(256, "at most so many texts in one forward pass", at_least=1, group="encoding")
-    fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32", group="encoding")
-    bf16: bool = option(False, "bfloat16; without hardware for it float32", group="encoding")
+    max_passage_length: int = option(128, "tokens that a passage is cut to, special tokens included", at_least=1)
+    batch_size: int = option(256, "at most so many texts in one forward pass", at_least=1)
+    fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32")
+    bf16: bool = option(False, "bfloat16; without hardware for it float32")
 
     save_embedding: bool = option(
-        False, "keep the corpus's embeddings in --save_path; one begun there and stopped goes on", group="encoding"
+        False, "keep the corpus's embeddings in --save_path; one begun there and stopped goes on"
     )
     load_embedding: bool = option(
-        False, "take the corpus's embeddings from --save_path, if they are of this model and corpus", group="encoding"
+        False, "take the corpus's embeddings from --save_path, if they are of this model and corpus"
     )
     save_path: list[str] | None = option(
-        None, f"folder of the embedding store, one for each encoder; default: {DEFAULT_SAVE_PATH}", group="encoding"
+        None, f"folder of the embedding store, one for each encoder; default: {DEFAULT_SAVE_PATH}"
     )
 
     compare_metric: str | None = option(
         None, "by which queries gain and lose in a comparison; default: nDCG@10, or at the largest cut-off below",
         group="output",
     )  # fmt: skip
-    output_file: str = option("metrics.json", "where metrics, counts and settings are written", group="output")
-    save_run: list[str] | None = option(None, "rankings in TREC's form, a file for each encoder", group="output")
-    save_ranking: str | None = option(None, "JSON lines: the top 10 of each query (one encoder)", group="output")
-    report: str | None = option(None, "an HTML page with tables, figures and samples", group="output")
-    figures_dir: str | None = option(None, "PNG of each of its figures (needs matplotlib)", group="output")
-    show: int = option(0, "print the top 3 of so many queries", at_least=0, group="output")
+    output_file: str = option("metrics.json", "where metrics, counts and settings are written")
+    save_run: list[str] | None = option(None, "rankings in TREC's form, a file for each encoder")
+    save_ranking: str | None = option(None, "JSON lines: the top 10 of each query (one encoder)")
+    report: str | None = option(None, "an HTML page with tables, figures and samples")
+    figures_dir: str | None = option(None, "PNG of each of its figures (needs matplotlib)")
+    show: int = option(0, "print the top 3 of so many queries", at_least=0)
 
 
 class System(NamedTuple):

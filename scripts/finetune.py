@@ -25,7 +25,19 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from bge_accel.config import check_model_path, option, options_from, parse_config, required, to_yaml, user_errors
+from bge_accel.config import (
+    check_model_path,
+    check_rules,
+    learning_settings,
+    option,
+    options_from,
+    parse_config,
+    required,
+    shown_in_card,
+    to_yaml,
+    user_errors,
+    without_secrets,
+)
 from bge_accel.data.sources import YAML
 from bge_accel.evaluation.in_training import Best, EncodingSettings, EvaluationOptions, Evaluations, read_eval_sets
 from bge_accel.models.card import inline, license_of, model_card
@@ -51,16 +63,34 @@ if TYPE_CHECKING:
 
 # Heavy packages are imported when they are needed, after the arguments and the data have been checked.
 
+# Rules that several flags share.
+EVAL_DATA = {"eval_data": "there is nothing to measure on"}
+UNKNOWN_SIZE = "nobody knows how many rows a stream has"
+OF_FILES: Any = {
+    "needs": {"same_dataset_within_batch": "else files are one set"},
+    "excludes": {"streaming": UNKNOWN_SIZE},
+}
+ONE_PRECISION = dict.fromkeys(("fp16", "bf16", "pure_bf16", "mixed_precision"), "give one of them")
+
 
 @dataclass(kw_only=True)
 class Config:
     """What to learn. How to run (processes, sharding) is told to `accelerate launch`."""
 
-    model_name_or_path: str = required("folder or hub name of the model to start from", group="model")
-    output_dir: str = required("folder for the tuned model, its log and checkpoints", group="saving and logging")
+    model_name_or_path: str = required(
+        "folder or hub name of the model to start from", group="model", in_card="last part"
+    )
+    output_dir: str = required(
+        "folder for the tuned model, its log and checkpoints",
+        group="saving and logging",
+        affects_learning=False,
+        in_card="last part",
+    )
     train_data: list[str] = required(
         "files, globs or folders of rows (.jsonl, .json, .parquet, .gz, .zst), or one YAML file of several sources",
         group="data",
+        affects_learning=False,
+        in_card="file name",
     )
 
     sentence_pooling_method: str | None = option(
@@ -73,255 +103,206 @@ class Config:
         None,
         "scale embeddings to length 1; default: what the model says of itself, else True",
         aliases=["normalized", "normlized"],
-        group="model",
     )
-    fix_position_embedding: bool = option(False, "do not train the position embeddings", group="model")
-    config_name: str | None = option(None, "model configuration, if not the model's own", group="model")
-    tokenizer_name: str | None = option(None, "tokenizer, if not the model's own", group="model")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
-    token: str | None = option(None, "access token for the hub (default: what `hf auth login` stored)", group="model")
-    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
+    fix_position_embedding: bool = option(False, "do not train the position embeddings")
+    config_name: str | None = option(None, "model configuration, if not the model's own", in_card="last part")
+    tokenizer_name: str | None = option(None, "tokenizer, if not the model's own", in_card="last part")
+    cache_dir: str | None = option(None, "where models from the hub are kept", in_card="last part")
+    token: str | None = option(
+        None, "access token for the hub (default: what `hf auth login` stored)", affects_learning=False, in_card="never"
+    )
+    trust_remote_code: bool = option(False, "run code that comes with the model")
 
     train_group_size: int = option(
         8, "passages per query: 1 positive and N - 1 negatives", at_least=1, at_most=10_000, group="data"
     )
-    query_max_len: int = option(32, "tokens that a query is cut to, special tokens included", at_least=1, group="data")
-    passage_max_len: int = option(
-        128, "tokens that a passage is cut to, special tokens included", at_least=1, group="data"
-    )
+    query_max_len: int = option(32, "tokens that a query is cut to, special tokens included", at_least=1)
+    passage_max_len: int = option(128, "tokens that a passage is cut to, special tokens included", at_least=1)
     query_instruction_for_retrieval: str | None = option(
-        None, 'put before each query; "" for none; default: what the model says of itself', group="data"
+        None, 'put before each query; "" for none; default: what the model says of itself'
     )
-    query_instruction_format: str = option("{}{}", "how instruction and query are joined", group="data")
+    query_instruction_format: str = option("{}{}", "how instruction and query are joined")
     passage_instruction_for_retrieval: str | None = option(
-        None, 'put before each passage; "" for none; default: what the model says of itself', group="data"
+        None, 'put before each passage; "" for none; default: what the model says of itself'
     )
-    passage_instruction_format: str = option("{}{}", "how instruction and passage are joined", group="data")
+    passage_instruction_format: str = option("{}{}", "how instruction and passage are joined")
     max_example_num_per_dataset: int = option(
-        100_000_000, "take a random sample of larger files", at_least=1, group="data"
+        100_000_000, "rows of a file; of a larger one a random sample is taken", at_least=1
     )
     shuffle_ratio: float = option(
-        0.0, "chance that a long positive has its parts put in random order", at_least=0, at_most=1, group="data"
+        0.0, "chance that a long positive has its parts put in random order", at_least=0, at_most=1
     )
     pad_to_multiple_of: int | None = option(
-        None, "round padded lengths up to a multiple of this", at_least=1, at_most=4096, group="data"
+        None, "round padded lengths up to a multiple of this", at_least=1, at_most=4096
     )
-    dataloader_drop_last: bool = option(False, "drop the batches at the end that do not fill a step", group="data")
+    dataloader_drop_last: bool = option(False, "drop the batches at the end that do not fill a step")
     cache_path: str | None = option(
-        None, "folder for the checked rows, kept for the next run; default: in ~/.cache/bge_accel", group="data"
+        None,
+        "folder for the checked rows, kept for the next run; default: in ~/.cache/bge_accel",
+        affects_learning=False,
+        in_card="last part",
     )
     same_dataset_within_batch: bool = option(
         False, "every file is a source of its own, and each batch comes from one of them", group="several sources"
     )
-    small_threshold: int = option(
-        0,
-        "files of fewer rows are one source for each folder (--same_dataset_within_batch)",
-        at_least=0,
-        group="several sources",
-    )
+    small_threshold: int = option(0, "files of fewer rows become one source a folder", at_least=0, **OF_FILES)
     drop_threshold: int = option(
-        0, "and dropped where together they have fewer rows than this", at_least=0, group="several sources"
+        0, "such a source is dropped where it has fewer rows than this", at_least=0, **OF_FILES
     )
-    mix_sources: bool = option(False, "mix the sources inside each batch", group="several sources")
+    mix_sources: bool = option(False, "mix the sources inside each batch", affects_learning=False)
     sampling_temperature: float = option(
-        1.0,
-        "above 1, small sources come more often: shares are sizes to the power of 1 / T",
-        above=0,
-        group="several sources",
+        1.0, "T: shares are sizes to the power of 1 / T, so above 1 small sources come more often", above=0
     )
     streaming: bool = option(
-        False, "read rows as they are needed: hub names, URLs, or files too large to keep", group="streaming"
+        False,
+        "read rows as they are needed, from the hub, URLs or large files",
+        group="streaming",
+        needs={"max_steps": UNKNOWN_SIZE},
     )
     shuffle_buffer_size: int = option(
-        10_000, "rows of a stream that are shuffled together", at_least=1, group="streaming"
+        10_000, "rows of a stream that are shuffled together", at_least=1, affects_learning=False
     )
     stopping_strategy: Literal["repeat", "first_exhausted", "all_exhausted"] = option(
         "repeat",
-        "when a stream's end stops the run: never before --max_steps, at the first end, or when all have ended once",
-        group="streaming",
+        "what ends the run before --max_steps: nothing, the end of one stream, or of all",
+        needs={"streaming": "it is about streams"},
     )
 
     temperature: float = option(0.02, "similarities are divided by it; 1 where not normalised", above=0, group="loss")
-    use_inbatch_neg: bool = option(True, "other queries' passages are negatives too", group="loss")
-    negatives_cross_device: bool = option(False, "passages of all processes are negatives", group="loss")
-    mask_false_negatives: bool = option(
-        True,
-        "a known positive of the query never counts as its negative (FlagEmbedding lets it)",
-        group="loss",
+    use_inbatch_neg: bool = option(True, "other queries' passages are negatives too")
+    negatives_cross_device: bool = option(
+        False,
+        "passages of all processes are negatives",
+        needs={"use_inbatch_neg": "without it a query meets its own group alone"},
     )
-    knowledge_distillation: bool = option(False, "learn from the rows' pos_scores and neg_scores too", group="loss")
-    kd_loss_type: Literal["kl_div"] = option("kl_div", "how", group="loss")
+    mask_false_negatives: bool = option(
+        True, "a known positive is never a negative of its query (FlagEmbedding: it may be)"
+    )
+    knowledge_distillation: bool = option(False, "learn from the rows' pos_scores and neg_scores too")
+    kd_loss_type: Literal["kl_div"] = option("kl_div", "loss between teacher scores and scores: KL divergence")
 
     learning_rate: float = option(
         2e-5,
-        "peak; about 1e-5, 2e-5, 3e-5 for large, base, small models (FlagEmbedding inherits 5e-5, too much for most)",
+        "peak; about 1e-5, 2e-5, 3e-5 for large, base, small models (FlagEmbedding: 5e-5)",
         above=0,
         at_most=1,
         group="optimisation",
     )
-    num_train_epochs: float = option(3.0, "passes over the data", above=0, at_most=1_000_000, group="optimisation")
-    max_steps: int = option(-1, "optimiser steps, instead of epochs", at_least=-1, group="optimisation")
+    num_train_epochs: float = option(3.0, "passes over the data", above=0, at_most=1_000_000)
+    max_steps: int = option(-1, "optimiser steps, instead of epochs", at_least=-1)
     per_device_train_batch_size: int = option(
         32,
         "queries per process (FlagEmbedding has 8; more negatives teach more)",
         at_least=1,
         at_most=1_000_000,
-        group="optimisation",
+        affects_learning=False,
     )
     gradient_accumulation_steps: int = option(
-        1, "batches per optimiser step; they share no negatives", at_least=1, at_most=1_000_000, group="optimisation"
+        1, "batches per optimiser step; they share no negatives", at_least=1, at_most=1_000_000, affects_learning=False
     )
     warmup_ratio: float = option(
-        0.1,
-        "share of the steps in which the rate rises (FlagEmbedding: 0)",
-        at_least=0,
-        at_most=1,
-        group="optimisation",
+        0.1, "share of the steps in which the rate rises (FlagEmbedding: 0)", at_least=0, at_most=1
     )
-    warmup_steps: int = option(
-        0, "steps in which the rate rises; wins over --warmup_ratio", at_least=0, group="optimisation"
-    )
+    warmup_steps: int = option(0, "steps in which the rate rises; wins over --warmup_ratio", at_least=0)
     lr_scheduler_type: Literal[
         "linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"
-    ] = option("linear", "how the rate falls", group="optimisation")
-    weight_decay: float = option(0.0, "of AdamW; not on biases and norms", at_least=0, at_most=1, group="optimisation")
-    adam_beta1: float = option(0.9, "of AdamW", at_least=0, below=1, group="optimisation")
-    adam_beta2: float = option(0.999, "of AdamW", at_least=0, below=1, group="optimisation")
-    adam_epsilon: float = option(1e-8, "of AdamW", above=0, at_most=1, group="optimisation")
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = option("adamw_torch_fused", "", group="optimisation")
-    max_grad_norm: float = option(
-        1.0, "gradients are clipped to this norm; 0 for never", at_least=0, group="optimisation"
-    )
+    ] = option("linear", "how the rate falls")
+    weight_decay: float = option(0.0, "of AdamW; not on biases and norms", at_least=0, at_most=1)
+    adam_beta1: float = option(0.9, "of AdamW", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "of AdamW", at_least=0, below=1)
+    adam_epsilon: float = option(1e-8, "of AdamW", above=0, at_most=1)
+    optim: Literal["adamw_torch_fused", "adamw_torch"] = option("adamw_torch_fused", "AdamW, fused or not")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0 for never", at_least=0)
     seed: int = option(
-        42, "of data order, drawn passages and dropout", at_least=0, at_most=2**32 - 1, group="optimisation"
+        42, "of data order, drawn passages and dropout", at_least=0, at_most=2**32 - 1, affects_learning=False
     )
 
     eval_data: list[str] | None = option(
         None,
-        "one or several sets to measure retrieval on during training: a folder in BEIR's layout, or a file of rows whose "
-        "queries have to find their positives among all its passages",
+        "sets to measure retrieval on: folders in BEIR's layout, or files of rows",
         group="evaluation",
+        in_card="last part",
     )
-    eval_steps: int = option(
-        500, "steps between measurements; there is one at the end too", at_least=1, group="evaluation"
-    )
-    eval_on_start: bool = option(False, "measure before the first step too", group="evaluation")
+    eval_steps: int = option(500, "steps between measurements; there is one at the end too", at_least=1)
+    eval_on_start: bool = option(False, "measure before the first step too", needs=EVAL_DATA)
     metric_for_best_model: str = option(
-        "nDCG@10", "decides what is best: the mean over --eval_data, or of one set as NAME/nDCG@10", group="evaluation"
+        "nDCG@10", "decides what is best: the mean over --eval_data, or of one set as NAME/nDCG@10"
     )
-    load_best_model_at_end: bool = option(
-        False, "end with the weights that measured best (kept in --output_dir/best until then)", group="evaluation"
-    )
+    load_best_model_at_end: bool = option(False, "end with the weights that measured best", needs=EVAL_DATA)
     early_stopping_patience: int | None = option(
-        None,
-        "stop after so many measurements in a row that are not better than the best",
-        at_least=1,
-        group="evaluation",
+        None, "measurements in a row without a new best after which the run stops", at_least=1, needs=EVAL_DATA
     )
 
     fp16: bool = option(
         False,
-        "float16 (GPU); without a GPU bfloat16 where the CPU is fast in it, else float32",
+        "float16; on a CPU bfloat16 where that is fast, else float32",
         group="precision and memory",
+        excludes=ONE_PRECISION,
     )
-    bf16: bool = option(False, "bfloat16; without hardware for it float32", group="precision and memory")
+    bf16: bool = option(False, "bfloat16; without hardware for it float32", excludes=ONE_PRECISION)
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] | None = option(
-        None,
-        "auto is bfloat16 where the hardware is fast in it, else float32; default: what `accelerate launch` was told",
-        group="precision and memory",
+        None, "auto: bfloat16 where that is fast, else float32; default: as `accelerate launch` says"
     )
     pure_bf16: bool = option(
         False,
-        "bfloat16 weights and gradients too, beside float32 weights for the optimiser: less memory than --bf16, a little less exact",
-        group="precision and memory",
+        "bfloat16 weights and gradients, float32 weights for the optimiser alone: less memory than --bf16",
+        excludes=ONE_PRECISION,
     )
-    gradient_checkpointing: bool = option(
-        False, "recompute activations layer by layer: less memory, a third more time", group="precision and memory"
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations layer by layer: less memory, a third more time")
     attention: Literal["auto", "padded", "torch", "flash_attn", "cpu", "plain"] = option(
         "auto",
-        "padded: each text of a micro-batch is as long as the longest; or without padding: cpu (on a CPU), by torch's or "
-        "flash_attn's kernel (on a GPU, in half precision), or plain (text by text, slowly, anywhere); auto: cpu where it can, "
+        "padded, or without padding: torch or flash_attn (GPU, half precision), cpu, plain (slow, anywhere); auto: cpu on a CPU, "
         "else padded",
-        group="precision and memory",
     )
     torch_compile: bool = option(
-        False,
-        "compile the encoder's layers: a minute at the start, then faster steps on many GPUs; not with FSDP or DeepSpeed",
-        group="precision and memory",
+        False, "compile the encoder's layers; takes a minute at the start; not with FSDP or DeepSpeed"
     )
     max_tokens_per_micro_batch: int | None = option(
-        None,
-        "padded tokens in one forward pass; default: what suits the device",
-        at_least=1,
-        group="precision and memory",
+        None, "padded tokens in one forward pass; default: what suits the device", at_least=1
     )
     activation_memory_budget: float | None = option(
         None,
-        "GB of activations to keep for the backward pass; the rest is computed again, for up to a third more time; "
-        "0 keeps none; default: most of the memory that is free",
+        "GB of activations kept for the backward pass; others are computed again; default: most of what is free",
         at_least=0,
-        group="precision and memory",
     )
     deepspeed: str | None = option(
-        None,
-        "DeepSpeed configuration file; its optimizer and scheduler are left aside for the flags here",
-        group="precision and memory",
+        None, "DeepSpeed configuration file; its optimizer and scheduler are ignored", in_card="last part"
     )
-    use_cpu: bool = option(False, "leave the GPU alone", group="precision and memory")
+    use_cpu: bool = option(False, "leave the GPU alone")
 
-    overwrite_output_dir: bool = option(False, "write into an output folder in use", group="saving and logging")
-    save_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to save", group="saving and logging")
-    save_steps: int = option(500, "steps between checkpoints (checkpoint-STEP)", at_least=1, group="saving and logging")
-    save_total_limit: int | None = option(None, "keep the last N checkpoints", at_least=1, group="saving and logging")
+    overwrite_output_dir: bool = option(
+        False, "write into an output folder in use", group="saving and logging", affects_learning=False
+    )
+    save_strategy: Literal["steps", "epoch", "no"] = option("steps", "when to save", affects_learning=False)
+    save_steps: int = option(500, "steps between checkpoints (checkpoint-STEP)", at_least=1, affects_learning=False)
+    save_total_limit: int | None = option(None, "keep the last N checkpoints", at_least=1, affects_learning=False)
     resume_from_checkpoint: str | None = option(
         None,
         "folder of a checkpoint, or `latest`: the last whole one in --output_dir, and afresh where there is none",
-        group="saving and logging",
+        affects_learning=False,
+        in_card="last part",
     )
     allow_changed_data: bool = option(
-        False, "go on although data, seed or batch size are not those of the checkpoint", group="saving and logging"
+        False, "go on although data, seed or batch size are not those of the checkpoint", affects_learning=False
     )
-    logging_steps: int = option(
-        10, "steps between log lines (FlagEmbedding: 500)", at_least=1, group="saving and logging"
-    )
-    logging_first_step: bool = option(False, "log the first step too", group="saving and logging")
-    report_to: list[str] = option(
-        ["none"], "trackers: none, tensorboard, wandb, trackio, all", group="saving and logging"
-    )
-    run_name: str | None = option(None, "the run's name for the trackers", group="saving and logging")
-    disable_tqdm: bool = option(False, "no progress bar", group="saving and logging")
+    logging_steps: int = option(10, "steps between log lines (FlagEmbedding: 500)", at_least=1, affects_learning=False)
+    logging_first_step: bool = option(False, "log the first step too", affects_learning=False)
+    report_to: list[str] = option(["none"], "trackers: none, tensorboard, wandb, trackio, all", affects_learning=False)
+    run_name: str | None = option(None, "the run's name for the trackers", affects_learning=False)
+    disable_tqdm: bool = option(False, "no progress bar", affects_learning=False)
 
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is loaded or written."""
-    for name in ("eval_on_start", "load_best_model_at_end", "early_stopping_patience"):
-        if getattr(cfg, name) and not cfg.eval_data:
-            raise ValueError(f"--{name} needs --eval_data: there is nothing to measure on")
-    if cfg.streaming and cfg.max_steps < 1:
-        raise ValueError("--streaming needs --max_steps: nobody knows how many rows a stream has")
-    if not cfg.streaming and cfg.stopping_strategy != "repeat":
-        raise ValueError(f"--stopping_strategy {cfg.stopping_strategy} is about streams; add --streaming or drop it")
-    if (cfg.small_threshold or cfg.drop_threshold) and not cfg.same_dataset_within_batch:
-        raise ValueError(
-            "--small_threshold and --drop_threshold need --same_dataset_within_batch, else files are one set"
-        )
+    check_rules(cfg)
     if cfg.small_threshold and cfg.train_data[0].endswith(YAML):
         raise ValueError(
             "--small_threshold puts files together; the sources of a YAML file stay as it names them: drop it"
         )
-    if cfg.streaming and (cfg.small_threshold or cfg.drop_threshold):
-        raise ValueError(
-            "--small_threshold and --drop_threshold need to know how many rows there are: drop --streaming"
-        )
-    if cfg.fp16 + cfg.bf16 + cfg.pure_bf16 + (cfg.mixed_precision is not None) > 1:
-        raise ValueError("--fp16, --bf16, --pure_bf16 and --mixed_precision exclude each other; give one of them")
     if cfg.torch_compile and cfg.attention == "plain":
         raise ValueError("--attention plain goes text by text, which --torch_compile cannot compile; drop one of them")
     if cfg.deepspeed is not None and importlib.util.find_spec("deepspeed") is None:
         raise ValueError("--deepspeed needs `pip install deepspeed`")
-    if not cfg.use_inbatch_neg and cfg.negatives_cross_device:
-        raise ValueError("--negatives_cross_device needs in-batch negatives, which --use_inbatch_neg False turns off")
     if not cfg.use_inbatch_neg and cfg.train_group_size == 1:
         raise ValueError("--use_inbatch_neg False with --train_group_size 1 leaves nothing to learn from; raise one")
     if cfg.knowledge_distillation and cfg.train_group_size == 1:
@@ -401,7 +382,7 @@ def main(cfg: Config) -> int:
             engine,
             plan,
             position=position_of(feeds, plan, data, world),
-            settings=settings_of(cfg),
+            settings=learning_settings(cfg),
             configuration=to_yaml(without_secrets(cfg)),
         )
         if folder.is_complete():
@@ -569,37 +550,11 @@ def streams_end(batch: "Batch", strategy: str, device: "torch.device") -> bool:
     return -largest(-int(min(batch.passes) > 0), device) > 0
 
 
-def settings_of(cfg: Config) -> dict[str, Any]:
-    """What is learnt and how: the settings whose change since a checkpoint is worth a word."""
-    left_out = (
-        "train_data output_dir cache_path token overwrite_output_dir resume_from_checkpoint allow_changed_data seed "
-        "per_device_train_batch_size gradient_accumulation_steps mix_sources shuffle_buffer_size save_steps "
-        "save_strategy save_total_limit logging_steps logging_first_step report_to run_name disable_tqdm"
-    ).split()
-    return {key: value for key, value in asdict(cfg).items() if key not in left_out}
-
-
-def without_secrets(cfg: Config) -> Config:
-    return Config(**{**asdict(cfg), "token": None})
-
-
 def card_of(
     cfg: Config, settings: "EmbeddingSettings", plan: RunPlan, license: dict[str, str], log: TrainLog, step: int
 ) -> str:
-    """README.md of the model after a step. Folders are nobody else's business: their last parts say enough."""
-
-    def last_part(value: Any) -> Any:
-        if isinstance(value, list):
-            return [last_part(item) for item in value]
-        return os.path.basename(os.path.normpath(value)) if isinstance(value, str) and os.path.isabs(value) else value
-
-    shown = without_secrets(cfg)
-    for name in (
-        "model_name_or_path", "output_dir", "config_name", "tokenizer_name", "cache_dir", "cache_path", "eval_data",
-        "deepspeed", "resume_from_checkpoint",
-    ):  # fmt: skip
-        setattr(shown, name, last_part(getattr(shown, name)))
-    shown.train_data = [os.path.basename(os.path.normpath(path)) for path in shown.train_data]
+    """README.md of the model after a step."""
+    shown = shown_in_card(cfg)
     rows, measured = "streamed rows" if cfg.streaming else f"{plan.num_rows or 0:,} rows", log.measured
     steps = {"before": 0, f"after {step:,} steps": step} if step else {"before": 0}
     return model_card(

@@ -87,110 +87,102 @@ class Config:
         MISSING, "folder or hub name of the embedding model", aliases=["embedder_name_or_path"], group="model"
     )
     input_file: list[str] = option(MISSING, 'files, globs or folders of rows {"query", "pos", "neg"}', group="data")
-    output_file: str = option(MISSING, "where the rows with mined negatives are written, as JSON lines", group="data")
+    output_file: str = option(MISSING, "where the rows with mined negatives are written, as JSON lines")
     candidate_pool: list[str] | None = option(
-        None, 'files, globs or folders of passages {"text"}; default: every "pos" and "neg" of the input', group="data"
+        None, 'files, globs or folders of passages {"text"}; default: every "pos" and "neg" of the input'
     )
-    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows", group="data")
+    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows")
     save_path: str | None = option(
-        None, "keep the pool's embeddings in this store, or take them from it where they are the same", group="data"
+        None, "keep the pool's embeddings in this store, or take them from it where they are the same"
     )
 
     query_instruction_for_retrieval: str | None = option(
         None, 'put before each query; "" for none; default: what the model says of itself', group="model"
     )
     query_instruction_format_for_retrieval: str = option(
-        "{}{}", "how instruction and query are put together", aliases=["query_instruction_format"], group="model"
+        "{}{}", "how instruction and query are put together", aliases=["query_instruction_format"]
     )
     passage_instruction_for_retrieval: str | None = option(
-        None, 'put before each passage; "" for none; default: what the model says of itself', group="model"
+        None, 'put before each passage; "" for none; default: what the model says of itself'
     )
     pooling_method: str | None = option(
         None,
         "how token states become one vector; default: what the model says of itself, else cls",
         choices=POOLING,
-        group="model",
     )
     normalize_embeddings: bool | None = option(
-        None, "scale embeddings to length 1; default: what the model says of itself, else True", group="model"
+        None, "scale embeddings to length 1; default: what the model says of itself, else True"
     )
     use_fp16: bool | None = option(
         None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
-        group="model",
     )  # fmt: skip
-    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
-    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
-    max_length: int = option(512, "tokens that a text is cut to, special tokens included", at_least=1, group="model")
+    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"])
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    cache_dir: str | None = option(None, "where models from the hub are kept")
+    max_length: int = option(512, "tokens that a text is cut to, special tokens included", at_least=1)
     embedder_query_max_length: int | None = option(
-        None, "the same for queries; default: --max_length", at_least=1, aliases=["query_max_length"], group="model"
+        None, "the same for queries; default: --max_length", at_least=1, aliases=["query_max_length"]
     )
     embedder_passage_max_length: int | None = option(
-        None, "the same for passages; default: --max_length", at_least=1, aliases=["passage_max_length"], group="model"
+        None, "the same for passages; default: --max_length", at_least=1, aliases=["passage_max_length"]
     )
     batch_size: int | None = option(
         None,
         "at most so many texts in one forward pass; default: a token budget alone decides",
         at_least=1,
-        group="model",
     )
 
     range_for_sampling: str = option(
         "10-210", "A-B: the slice [A:B] of the ranking, 0 the best, after known positives are removed", group="choice"
     )
-    negative_number: int = option(15, "negatives that are mined for a row", at_least=1, group="choice")
-    sampling: Literal["random", "top"] = option("random", "which candidates of the range are taken", group="choice")
-    seed: int = option(42, "of the random draw", at_least=0, at_most=2**32 - 1, group="choice")
-    max_score: float | None = option(None, "drop candidates that score over it", above=-math.inf, group="choice")
-    min_score: float | None = option(None, "drop candidates that score under it", above=-math.inf, group="choice")
+    negative_number: int = option(15, "negatives that are mined for a row", at_least=1)
+    sampling: Literal["random", "top"] = option("random", "which candidates of the range are taken")
+    seed: int = option(42, "of the random draw", at_least=0, at_most=2**32 - 1)
+    max_score: float | None = option(None, "drop candidates that score over it", above=-math.inf)
+    min_score: float | None = option(None, "drop candidates that score under it", above=-math.inf)
     absolute_margin: float | None = option(
-        None, "drop candidates that score over the row's lowest positive less this", at_least=0, group="choice"
+        None, "drop candidates that score over the row's lowest positive less this", at_least=0
     )
     relative_margin: float | None = option(
         None,
         "the same, less this share of the positive's score: 0.05 drops what is over 95 % of it",
         at_least=0,
         at_most=1,
-        group="choice",
     )
     max_positive_overlap: float = option(
         0.8,
         "drop candidates that share more than this part of their word pairs with a positive; 1: none",
         above=0,
         at_most=1,
-        group="choice",
     )
     existing_negatives: Literal["replace", "keep"] = option(
-        "replace", 'what becomes of "neg" in the input: keep puts the mined ones behind', group="choice"
+        "replace", 'what becomes of "neg" in the input: keep puts the mined ones behind'
     )
-    fill_random: bool = option(False, "fill a shortfall with random passages of the pool", group="choice")
-    drop_rows_without_negatives: bool = option(False, 'else they are written with "neg": []', group="choice")
+    fill_random: bool = option(False, "fill a shortfall with random passages of the pool")
+    drop_rows_without_negatives: bool = option(False, 'else they are written with "neg": []')
 
     search_batch_size: int = option(256, "queries that are searched for at a time", at_least=1, group="search")
-    index_factory: str = option("Flat", "FAISS index string; Flat is exact", group="search")
-    use_gpu_for_searching: bool = option(False, "search on the GPU; without one on the CPU", group="search")
+    index_factory: str = option("Flat", "FAISS index string; Flat is exact")
+    use_gpu_for_searching: bool = option(False, "search on the GPU; without one on the CPU")
 
     reranker: str | None = option(
         None, "cross-encoder whose scores replace the model's, for filters and --sampling top",
         aliases=["reranker_name_or_path"], group="reranker",
     )  # fmt: skip
-    reranker_max_length: int = option(
-        512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, group="reranker"
-    )
+    reranker_max_length: int = option(512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR)
     reranker_query_max_length: int | None = option(
-        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="reranker"
+        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1
     )
     reranker_batch_size: int | None = option(
         None,
         "at most so many pairs in one forward pass; default: a token budget alone decides",
         at_least=1,
-        group="reranker",
     )
-    reranker_normalize: bool = option(False, "the reranker's scores between 0 and 1", group="reranker")
+    reranker_normalize: bool = option(False, "the reranker's scores between 0 and 1")
 
     write_scores: bool = option(False, 'write "pos_scores" and "neg_scores"', group="output")
-    plot: str | None = option(None, "PNG with the distribution of scores (needs matplotlib)", group="output")
-    show: int = option(0, "print so many rows as they came out, like 20", at_least=0, group="output")
+    plot: str | None = option(None, "PNG with the distribution of scores (needs matplotlib)")
+    show: int = option(0, "print so many rows as they came out, like 20", at_least=0)
 
 
 WAY_OUT = (

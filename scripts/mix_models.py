@@ -52,24 +52,21 @@ class Config:
 
     model_names_or_paths: list[str] | None = option(None, "folders or hub names; the first is the base", group="models")
     model_type: Literal["encoder", "decoder", "reranker", "encoder-decoder"] = option(
-        "encoder", "what kind of models they are", group="models"
+        "encoder", "what kind of models they are"
     )
-    run_dir: str | None = option(None, "folder with checkpoint-STEP folders, in place of models", group="models")
-    last_checkpoints: int | None = option(
-        None, "average so many of the run's last checkpoints", at_least=1, group="models"
-    )
+    run_dir: str | None = option(None, "folder with checkpoint-STEP folders, in place of models")
+    last_checkpoints: int | None = option(None, "average so many of the run's last checkpoints", at_least=1)
     settings_from: str | None = option(
         None,
         "the model whose tokenizer, pooling, prompts and length the merged one has, where they differ",
-        group="models",
     )
-    trust_remote_code: bool = option(False, "run code that comes with the models", group="models")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="models")
+    trust_remote_code: bool = option(False, "run code that comes with the models")
+    cache_dir: str | None = option(None, "where models from the hub are kept")
 
     weights: list[float] | None = option(
         None, "one for each model; they have to sum to 1", above=-math.inf, group="given weights"
     )
-    normalize: bool = option(False, "divide the weights by their sum", group="given weights")
+    normalize: bool = option(False, "divide the weights by their sum")
 
     example_data: list[str] | None = option(
         None, 'files of rows {"query", "pos", "neg"}, of decoders {"input", "output"}', group="weights from examples"
@@ -78,38 +75,33 @@ class Config:
         5.0,
         "the losses are divided by it; a lower one makes the weights differ more",
         above=0,
-        group="weights from examples",
     )
 
     objective: Literal["loss", "ndcg@10"] | None = option(
         None, "what a model is judged by; default: loss for examples, ndcg@10 for a search", group="examples and search"
     )
-    batch_size: int = option(2, "examples whose loss is taken together", at_least=1, group="examples and search")
-    max_input_length: int = option(2048, "tokens that a text is cut to", at_least=1, group="examples and search")
-    neg_number: int = option(7, "negatives drawn for a query", at_least=0, group="examples and search")
-    seed: int = option(42, "of the draw of negatives", at_least=0, at_most=2**32 - 1, group="examples and search")
+    batch_size: int = option(2, "examples whose loss is taken together", at_least=1)
+    max_input_length: int = option(2048, "tokens that a text is cut to", at_least=1)
+    neg_number: int = option(7, "negatives drawn for a query", at_least=0)
+    seed: int = option(42, "of the draw of negatives", at_least=0, at_most=2**32 - 1)
 
     search: bool = option(False, "try weights along the line from the first model to the second", group="search")
-    search_steps: int = option(
-        10, "steps from base to tuned: 10 tries 0, 0.1, ..., 1", at_least=1, at_most=1000, group="search"
-    )
-    max_drop: float = option(
-        0.0, "how much the score on the guard set may fall below the base's", at_least=0, group="search"
-    )
-    dev_data: list[str] | None = option(None, 'the set to be best on: files of rows {"query", "pos"}', group="search")
-    dev_corpus: list[str] | None = option(None, "or its passages, as evaluate_retrieval.py takes them", group="search")
-    dev_queries: list[str] | None = option(None, "its queries", group="search")
-    dev_qrels: str | None = option(None, "its judgements", group="search")
-    guard_data: list[str] | None = option(None, "the set not to fall on, in the same way", group="search")
-    guard_corpus: list[str] | None = option(None, "its passages", group="search")
-    guard_queries: list[str] | None = option(None, "its queries", group="search")
-    guard_qrels: str | None = option(None, "its judgements", group="search")
-    plot: str | None = option(None, "PNG with both scores along the line (needs matplotlib)", group="search")
+    search_steps: int = option(10, "steps from base to tuned: 10 tries 0, 0.1, ..., 1", at_least=1, at_most=1000)
+    max_drop: float = option(0.0, "how much the score on the guard set may fall below the base's", at_least=0)
+    dev_data: list[str] | None = option(None, 'the set to be best on: files of rows {"query", "pos"}')
+    dev_corpus: list[str] | None = option(None, "or its passages, as evaluate_retrieval.py takes them")
+    dev_queries: list[str] | None = option(None, "its queries")
+    dev_qrels: str | None = option(None, "its judgements")
+    guard_data: list[str] | None = option(None, "the set not to fall on, in the same way")
+    guard_corpus: list[str] | None = option(None, "its passages")
+    guard_queries: list[str] | None = option(None, "its queries")
+    guard_qrels: str | None = option(None, "its judgements")
+    plot: str | None = option(None, "PNG with both scores along the line (needs matplotlib)")
 
     output_path: str = required("new folder for the merged model", group="output")
-    dtype: str | None = option(None, "float32, float16 or bfloat16; default: the first model's", group="output")
-    max_shard_size: str = option("50GB", "a larger model is written as several files", group="output")
-    overwrite_output_dir: bool = option(False, "replace what stands at --output_path", group="output")
+    dtype: str | None = option(None, "float32, float16 or bfloat16; default: the first model's")
+    max_shard_size: str = option("50GB", "a larger model is written as several files")
+    overwrite_output_dir: bool = option(False, "replace what stands at --output_path")
 
 
 # Flags that mean something only in some ways of finding the weights.

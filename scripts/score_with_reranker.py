@@ -59,33 +59,30 @@ class Config:
         MISSING, "folder or hub name of the cross-encoder", aliases=["reranker", "model_name_or_path"], group="model"
     )
     input_file: list[str] = option(MISSING, 'files, globs or folders of rows {"query", "pos", "neg"}', group="data")
-    output_file: str = option(MISSING, "where the rows are written, as JSON lines", group="data")
-    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows", group="data")
+    output_file: str = option(MISSING, "where the rows are written, as JSON lines")
+    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows")
 
     query_instruction_for_rerank: str | None = option(None, "put before each query", group="model")
-    query_instruction_format_for_rerank: str = option("{}{}", "how it is put together with the query", group="model")
-    passage_instruction_for_rerank: str | None = option(None, "put before each passage", group="model")
-    passage_instruction_format_for_rerank: str = option(
-        "{}{}", "how it is put together with the passage", group="model"
-    )
+    query_instruction_format_for_rerank: str = option("{}{}", "how it is put together with the query")
+    passage_instruction_for_rerank: str | None = option(None, "put before each passage")
+    passage_instruction_format_for_rerank: str = option("{}{}", "how it is put together with the passage")
     use_fp16: bool | None = option(
         None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
-        group="model",
     )  # fmt: skip
-    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"], group="model")
-    trust_remote_code: bool = option(False, "run code that comes with the model", group="model")
-    cache_dir: str | None = option(None, "where models from the hub are kept", group="model")
+    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"])
+    trust_remote_code: bool = option(False, "run code that comes with the model")
+    cache_dir: str | None = option(None, "where models from the hub are kept")
     reranker_max_length: int = option(
-        512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, aliases=["max_length"], group="model"
+        512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, aliases=["max_length"]
     )
     reranker_query_max_length: int | None = option(
-        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1, group="model"
+        None, "tokens that a query is cut to; default: 3/4 of --reranker_max_length", at_least=1
     )
     reranker_batch_size: int | None = option(
         None, "at most so many pairs in one forward pass; default: a token budget alone decides", at_least=1,
-        aliases=["batch_size"], group="model",
+        aliases=["batch_size"],
     )  # fmt: skip
-    normalize: bool = option(False, "scores between 0 and 1, by the logistic function", group="model")
+    normalize: bool = option(False, "scores between 0 and 1, by the logistic function")
 
 
 def check(cfg: Config) -> None:

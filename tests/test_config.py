@@ -14,7 +14,20 @@ from typing import Literal
 import pytest
 from helpers.repo import REPO, Run
 
-from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
+from bge_accel.config import (
+    Refusal,
+    check_model_path,
+    check_rules,
+    learning_settings,
+    option,
+    options_from,
+    parse_config,
+    required,
+    shown_in_card,
+    to_yaml,
+    user_errors,
+    without_secrets,
+)
 from bge_accel.files.parsing import load_yaml
 from bge_accel.training.refused_flags import REFUSED
 
@@ -463,3 +476,67 @@ def test_a_name_near_that_of_a_folder_is_not_looked_for_on_the_hub(tmp_path: Pat
         check_model_path("--encoder", "tuned")
         check_model_path("--encoder", "BAAI/tunde")
         check_model_path("--encoder", "other")
+
+
+# ---- rules between flags
+
+
+@dataclass(kw_only=True)
+class Ruled:
+    measures: list[str] | None = option(None, "sets")
+    often: bool = option(False, "measure often", needs={"measures": "there is nothing to measure on"})
+    shares: bool = option(True, "share negatives")
+    wide: bool = option(False, "of all processes", needs={"shares": "none are shared"}, affects_learning=False)
+    half: bool = option(False, "half", excludes={"brain": "give one of them"})
+    brain: str | None = option(None, "brain float", choices={"yes": 1, "no": 2})
+    patience: int | None = option(None, "steps", at_least=1, needs={"measures": "there is nothing to measure on"})
+    path: str = option("p", "a path", in_card="last part")
+    files: list[str] = option(["a/b"], "files", in_card="file name")
+    token: str | None = option(None, "a secret", in_card="never")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"often": True}, "--often needs --measures: there is nothing to measure on"),
+        ({"patience": 3}, "--patience needs --measures: there is nothing to measure on"),
+        ({"wide": True, "shares": False}, "--wide needs --shares: none are shared"),
+        ({"half": True, "brain": "no"}, "--half and --brain exclude each other; give one of them"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told_apart(given, said):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        check_rules(Ruled(**given))
+
+
+def test_flags_that_go_together_pass(capsys):
+    check_rules(Ruled())
+    check_rules(Ruled(often=True, measures=["a"], patience=1, wide=True, brain="yes"))
+    with pytest.raises(SystemExit):
+        parse_config(Ruled, ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "measure often (needs --measures)" in shown and "half (not with --brain)" in shown and "--brain yes|no" in shown
+    )
+    with pytest.raises(SystemExit):
+        parse_config(Ruled, ["--brain", "maybe"])
+    assert "'maybe' is not one of yes, no" in capsys.readouterr().err
+
+
+def test_what_a_card_and_a_checkpoint_show_of_the_settings():
+    given = Ruled(path="/home/me/model", files=["x/y.jsonl", "/z.jsonl"], token="secret")
+    shown = shown_in_card(given)
+    assert (shown.path, shown.files, shown.token) == ("model", ["y.jsonl", "z.jsonl"], None)
+    assert shown_in_card(Ruled(path="hub/name")).path == "hub/name"
+    assert without_secrets(given).token is None and given.token == "secret"
+    assert "wide" not in learning_settings(given) and learning_settings(given)["half"] is False
+
+
+def test_a_record_of_options_is_filled_from_the_flags_of_its_names():
+    @dataclass(frozen=True)
+    class Options:
+        half: bool
+        path: str
+        rank: int
+
+    assert options_from(Options, Ruled(half=True), rank=3) == Options(True, "p", 3)

@@ -53,7 +53,7 @@ class EmbeddingModel:
         device: as torch names it; by default the GPU if there is one.
         dtype: torch dtype or its name; "auto" is float16 on a GPU, and on a CPU bfloat16 where that is faster (AMX, AMD's
             AVX-512, ARM), else float32. The embeddings are float32 arrays with either.
-        pooling: "cls", "mean" or "last_token".
+        pooling: a name of `models.pooling.POOLING`.
         attention: "padded", or without padding by one of `kernels.packed.KERNELS`; "auto" is the fast one that the device,
             the precision and the model allow, else "padded".
         query_instruction, passage_instruction: put before each query or passage through the format; "" means none.

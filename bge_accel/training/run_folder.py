@@ -61,7 +61,8 @@ class Checkpoint:
 
     def streams(self, rank: int, position: Mapping[str, Any]) -> list[dict] | None:
         """Where this process's streams stood; None where the run is another."""
-        return None if differences(self.state["position"], position) else self.state["streams"][rank]
+        streams = self.state["streams"]
+        return None if differences(self.state["position"], position) or rank >= len(streams) else streams[rank]
 
 
 @dataclass(frozen=True, kw_only=True)

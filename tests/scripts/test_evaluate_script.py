@@ -100,7 +100,7 @@ def test_judgement_file_rankings_and_samples(run_script, tiny_model, tmp_path):
             ["--save_path", "x.memmap"],
             "--save_path x.memmap has no effect without --save_embedding or --load_embedding",
         ),
-        (["--pooling_method", "max"], "'max' is not one of cls, mean, last_token"),
+        (["--pooling_method", "median"], "'median' is not one of cls, mean, last_token"),
         (["--qrels", "none.tsv"], "none.tsv: cannot be read"),
         (["--split", "dev"], "--split dev has no effect"),
         (["--compare_metric", "nDCG@7"], "--compare_metric nDCG@7 is not measured; choose one of MRR@1"),

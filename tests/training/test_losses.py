@@ -115,7 +115,7 @@ def test_tiles_change_nothing(group_size, in_batch, masked, first, teacher, max_
     tiled = contrastive_loss(q_emb, p_emb, **arguments, max_scores=max_scores)
     whole = contrastive_loss(q_emb, p_emb, **arguments)
     torch.testing.assert_close(tuple(tiled), tuple(whole), rtol=1e-12, atol=1e-12, equal_nan=True)
-    assert [value.requires_grad for value in tiled] == [True] + [False] * 5
+    assert [value.requires_grad for value in tiled[:6]] == [True] + [False] * 5
     for ours, theirs in zip(*(torch.autograd.grad(out.loss * 3, leaves) for out in (tiled, whole)), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
 
@@ -219,7 +219,7 @@ def test_queries_whose_negatives_are_all_masked_stay_out_of_the_hardest():
 def test_figures_carry_no_gradient():
     q_emb, p_emb, arguments = make_case(2, True, True, 0, True, torch.float32)
     output = contrastive_loss(q_emb.requires_grad_(), p_emb, **arguments)
-    assert [value.requires_grad for value in output] == [True] + [False] * 5
+    assert [value.requires_grad for value in output[:6]] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.02, 0.03, 0.05, 1.0])
