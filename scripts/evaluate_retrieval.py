@@ -27,12 +27,8 @@ Every flag may also stand in a YAML file: --config run.yaml (the command line wi
 import importlib.util
 import json
 import os
-import platform
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -41,8 +37,6 @@ from bge_accel.encoding.store import MANIFEST, read_manifest
 from bge_accel.evaluation.comparison import (
     choose_metric,
     compare,
-    differences_table,
-    moved_text,
 )
 from bge_accel.evaluation.retrieval import (
     Evaluation,
@@ -50,21 +44,21 @@ from bge_accel.evaluation.retrieval import (
     evaluate_retrieval,
     evaluate_run,
     ranking_rows,
-    sample_rankings,
-    score_histogram,
 )
+from bge_accel.evaluation.search import can_search_on_gpu
 from bge_accel.evaluation.set_files import files_of_beir
 from bge_accel.evaluation.sets import EvaluationData, read_evaluation_data
-from bge_accel.evaluation.tables import metrics_table, side_by_side_table
+from bge_accel.evaluation.systems import System, result_of, show_comparison, show_system, system_names
 from bge_accel.evaluation.trec import Rankings, judged_ids, read_run, run_lines
 from bge_accel.files.atomic import atomic_file
 from bge_accel.files.faults import Faults
 from bge_accel.files.lock import lock_output
 from bge_accel.files.outputs import check_folder, check_output
 from bge_accel.files.parts import what_is_kept
-from bge_accel.files.text import installed_version, printable, shorten, shown_name
+from bge_accel.files.text import installed_versions
 from bge_accel.models.pooling import POOLING
-from bge_accel.processes.group import Processes, SharedCounters, gather, leave_processes
+from bge_accel.processes.group import Processes, gather, leave_processes
+from bge_accel.processes.launch import errors_of_any, keep_own_gpu, start_processes
 from bge_accel.processes.progress import say, warn
 from bge_accel.processes.signals import interruptible
 
@@ -72,7 +66,6 @@ from bge_accel.processes.signals import interruptible
 
 BGE_INSTRUCTION = "Represent this sentence for searching relevant passages: "
 DEFAULT_SAVE_PATH = "embeddings"
-SAMPLES = 10  # queries that are written with what each system ranks first
 
 
 @dataclass(kw_only=True)
@@ -106,9 +99,7 @@ class Config:
         None, 'put before each passage; "" for none; default: what the model says of itself'
     )
     pooling_method: str | None = option(
-        None,
-        "how token states become one vector; default: what the model says of itself, else cls",
-        choices=POOLING,
+        None, "how token states become one vector; default: what the model says of itself, else cls", choices=POOLING
     )
     normalize_embeddings: bool | None = option(
         None, "scale embeddings to length 1; default: what the model says of itself, else True"
@@ -162,14 +153,6 @@ class Config:
     report: str | None = option(None, "an HTML page with tables, figures and samples")
     figures_dir: str | None = option(None, "PNG of each of its figures (needs matplotlib)")
     show: int = option(0, "print the top 3 of so many queries", at_least=0)
-
-
-class System(NamedTuple):
-    """An encoder or a run, and how well it retrieves."""
-
-    name: str
-    evaluation: Evaluation
-    about: dict[str, Any]
 
 
 def check(cfg: Config) -> None:
@@ -240,33 +223,12 @@ def save_paths(cfg: Config) -> list[str]:
     return (cfg.save_path or [DEFAULT_SAVE_PATH]) if cfg.save_embedding or cfg.load_embedding else []
 
 
-def start_processes(cfg: Config) -> None:
-    """Becomes a torchrun of this script where several processes are wanted and this is not yet one of them."""
-    if "WORLD_SIZE" in os.environ or not cfg.encoder:
-        return
-    wanted = cfg.num_processes
-    if wanted is None:
-        from torch.cuda import device_count
-
-        wanted = device_count()
-    if wanted > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={wanted}"]
-        os.execv(sys.executable, [sys.executable, *torchrun, *sys.argv])
-
-
-def keep_own_gpu() -> None:
-    """Lets each of several processes see a GPU of its own alone: what is said to use all GPUs then uses that one."""
-    visible, rank = os.environ.get("CUDA_VISIBLE_DEVICES"), int(os.environ.get("LOCAL_RANK", "-1"))
-    if rank >= 0 and visible != "":
-        devices = visible.split(",") if visible else []
-        os.environ["CUDA_VISIBLE_DEVICES"] = devices[rank % len(devices)] if devices else str(rank)
-
-
 def main(cfg: Config) -> None:
     # ---- check and read everything before a model is loaded
     with user_errors():
         check(cfg)
-        start_processes(cfg)
+        if cfg.encoder:
+            start_processes(cfg.num_processes)
         keep_own_gpu()
         processes = Processes()
         processes.on_first(lambda: lock_outputs(cfg))
@@ -335,18 +297,6 @@ def overrides(cfg: Config) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def errors_of_any(processes: Processes) -> Iterator[None]:
-    """`user_errors` where any process may be the only one at fault, by the passages of its share: the first one speaks."""
-    try:
-        yield
-    except ValueError as error:
-        with suppress(RuntimeError):  # whoever holds the counter has spoken, and gone
-            if SharedCounters("evaluate_retrieval", processes.world > 1).add("errors", 1) == 1:
-                print(printable(f"{os.path.basename(sys.argv[0])}: error: {error}"), file=sys.stderr, flush=True)
-        raise SystemExit(2) from None
-
-
 def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
     """The runs, and what to measure them and the encoders on; ValueError for what is wrong with any line."""
     faults = Faults()
@@ -357,14 +307,6 @@ def read_inputs(cfg: Config) -> tuple[dict[str, Rankings], EvaluationData]:
             raise ValueError(f"--split {cfg.split} has no effect with --qrels {cfg.qrels}; drop one of them")
         return runs, judged_ids(cfg.qrels, runs.values())
     return runs, read_evaluation_data(cfg.corpus_data, cfg.query_data, cfg.qrels, cfg.split)
-
-
-def system_names(paths: list[str]) -> list[str]:
-    """The last part of each path, or the whole where that would make two alike; what is named twice is numbered."""
-    short = [os.path.basename(path) if os.path.isfile(path) else shown_name(path) for path in paths]
-    names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
-    earlier = [names[:number].count(name) for number, name in enumerate(names)]
-    return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
 
 
 def evaluate_encoder(
@@ -431,127 +373,34 @@ def evaluate_encoder(
     }
 
 
-def can_search_on_gpu(index_factory: str) -> bool:
-    """Whether there is a GPU, and for an approximate index a FAISS that knows GPUs."""
-    import torch
-
-    if not torch.cuda.is_available() or index_factory == "Flat":
-        return torch.cuda.is_available()
-    import faiss
-
-    return hasattr(faiss, "index_cpu_to_all_gpus")
-
-
 def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:
     """Prints and writes what was found."""
-    common = {"counts": data.counts, "config": asdict(cfg), "versions": versions()}
-    found = {system.name: system_result(data, system) for system in systems}
     metric = choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
+    common = {"counts": data.counts, "config": asdict(cfg), "versions": installed_versions()}
     compared = compare(data, {system.name: system.evaluation for system in systems}, metric)
-    if len(systems) == 1:
-        result = {**found[systems[0].name], **common}
-        result["counts"] = data.counts | {
-            name: result.pop(name) for name in ("encoded_texts", "truncated_texts") if name in result
-        }
-    else:
-        result = {
-            "base": systems[0].name,
-            "compare_metric": metric,
-            "systems": found,
-            "comparisons": {other.name: other.result() for other in compared},
-            **common,
-        }
-    written = [cfg.output_file]
-    write(cfg.output_file, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    encoded = systems[len(cfg.compare or []) :]
-    for path, system in zip(cfg.save_run or [], encoded, strict=False):
-        write(path, "".join(run_lines(data, system.evaluation, system.name)))
-        written.append(path)
+    result = result_of(data, systems, compared, metric, common)
+    texts = {cfg.output_file: json.dumps(result, indent=2, ensure_ascii=False) + "\n"}
+    for path, system in zip(cfg.save_run or [], systems[len(cfg.compare or []) :], strict=False):
+        texts[path] = "".join(run_lines(data, system.evaluation, system.name))
     if cfg.save_ranking is not None:
         rows = ranking_rows(data, systems[0].evaluation)
-        write(cfg.save_ranking, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        written.append(cfg.save_ranking)
+        texts[cfg.save_ranking] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    figures: list[str] = []
     if cfg.report is not None or cfg.figures_dir is not None:
         from bge_accel.reports.html_report import evaluation_page
 
         page = evaluation_page(result)
         if cfg.report is not None:
-            write(cfg.report, page.html())
-            written.append(cfg.report)
-        if cfg.figures_dir is not None:
-            written += page.save_figures(cfg.figures_dir)
-
+            texts[cfg.report] = page.html()
+    for path, text in texts.items():
+        with atomic_file(path) as file:
+            file.write(text)
+    if cfg.figures_dir is not None:
+        figures = page.save_figures(cfg.figures_dir)
     for system in systems:
-        show_system(cfg, data, system, heading=len(systems) > 1)
-    base = systems[0].name
-    for other in compared:
-        say(f"\n== {other.name} against {base}, by {metric} of {len(data.queries.ids):,} queries\n\n{other.verdict}\n")
-        say(moved_text(other.moved, base, other.name))
-        say(f"\n{differences_table(other.differences, base, other.name)}")
-    if len(systems) > 1:
-        say(f"\n== All of {len(data.queries.ids):,} queries\n")
-        say(side_by_side_table({system.name: system.evaluation.metrics for system in systems}) + "\n")
-    say(f"wrote {', '.join(written)}")
-
-
-def system_result(data: EvaluationData, system: System) -> dict[str, Any]:
-    """What is written of one system."""
-    evaluation = system.evaluation
-    result: dict[str, Any] = {
-        "metrics": evaluation.metrics,
-        "seconds": {name: round(seconds, 3) for name, seconds in evaluation.seconds.items()},
-        **system.about,
-        "score_histogram": score_histogram(evaluation),
-        "samples": sample_rankings(data, evaluation, SAMPLES),
-    }
-    if evaluation.index_recall is not None:
-        result["index_recall"] = evaluation.index_recall
-    return result
-
-
-def show_system(cfg: Config, data: EvaluationData, system: System, *, heading: bool) -> None:
-    """Prints one system's table, and samples where asked for."""
-    evaluation, about = system.evaluation, system.about
-    if heading:
-        say(f"\n== {system.name}")
-    if "model" in about:
-        model = about["model"]
-        for texts, kind in (("queries", "query"), ("passages", "passage")):
-            instruction = model[f"{kind}_instruction"]
-            shown = f"with {shorten(instruction, 80)} before each" if instruction else "without an instruction"
-            say(f"{texts} {shown}, cut to {model[f'max_{kind}_length']} tokens")
-    if about.get("truncated_texts"):
-        cut, encoded = about["truncated_texts"], about["encoded_texts"]
-        say(f"{cut:,} of {encoded:,} encoded texts were longer than allowed and were cut")
-    if evaluation.index_recall is not None:
-        found = ", ".join(f"{name} {value:.4f}" for name, value in evaluation.index_recall.items() if "@" in name)
-        say(f"{cfg.index_factory} against exact search: {found}")
-    for sample in sample_rankings(data, evaluation, cfg.show) if cfg.show else []:
-        say(f"query  {shorten(sample['query'], 110)}")
-        for rank, passage in enumerate(sample["passages"], start=1):
-            mark = "+" if passage["is_relevant"] else " "
-            say(f"  {mark} {rank}  {passage['score']:.4f}  {shorten(passage['text'], 98)}")
-        say("")
-    documented = [f"{name}@{cutoff}" for name in ("MRR", "Recall") for cutoff in (1, 10, 100)]
-    if all(name in evaluation.metrics for name in documented):  # what eval_msmarco prints, in its form
-        say(str({name: round(evaluation.metrics[name], 6) for name in documented}))
-    say(metrics_table(evaluation.metrics))
-    if "model" in about:
-        say(f"computed in {about['model']['dtype']} on {about['model']['device']}")
-    if evaluation.seconds:
-        say("seconds: " + ", ".join(f"{n.replace('_', ' ')} {value:.1f}" for n, value in evaluation.seconds.items()))
-
-
-def write(path: str, text: str) -> None:
-    """Writes a file that is complete or, after a crash, not there."""
-    with atomic_file(path) as file:
-        file.write(text)
-
-
-def versions() -> dict[str, str | None]:
-    """What the figures were made with; None for a package that is not installed."""
-    packages = ("bge_accel", "torch", "transformers", "tokenizers", "numpy", "faiss-cpu", "faiss-gpu")
-    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}
+        show_system(data, system, heading=len(systems) > 1, index=cfg.index_factory, num_samples=cfg.show)
+    show_comparison(data, systems, compared, metric)
+    say(f"wrote {', '.join([*texts, *figures])}")
 
 
 if __name__ == "__main__":

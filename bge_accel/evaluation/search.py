@@ -445,3 +445,14 @@ def _index_error(index_factory: str, error: RuntimeError) -> ValueError:
     # "Error in <C++ signature> at <file>:<line>: <what a user can read>"
     message = str(error).rsplit(".cpp:", 1)[-1].partition(": ")[2] or str(error)
     return ValueError(f"FAISS cannot build the index {index_factory!r} on these embeddings: {message}")
+
+
+def can_search_on_gpu(index_factory: str) -> bool:
+    """Whether there is a GPU, and for an approximate index a FAISS that knows GPUs."""
+    import torch
+
+    if not torch.cuda.is_available() or index_factory == "Flat":
+        return torch.cuda.is_available()
+    import faiss
+
+    return hasattr(faiss, "index_cpu_to_all_gpus")

@@ -4,6 +4,7 @@ import difflib
 import importlib.metadata
 import json
 import os
+import platform
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,3 +91,9 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
         ).rstrip()
         for row in rows
     )
+
+
+def installed_versions() -> dict[str, str | None]:
+    """What the figures were made with; None for a package that is not installed."""
+    packages = ("bge_accel", "torch", "transformers", "tokenizers", "numpy", "faiss-cpu", "faiss-gpu")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in packages}}

@@ -15,7 +15,8 @@ from typing import overload
 
 import numpy as np
 
-from bge_accel.data.reading import read_rows, text_id
+from bge_accel.data.reading import check_json, read_rows, text_id
+from bge_accel.data.rows import TrainingRows
 from bge_accel.encoding.store import digest_texts
 from bge_accel.files.faults import Faults
 from bge_accel.files.finding import find_files
@@ -192,3 +193,29 @@ def read_pool_texts(paths: Sequence[str], faults: Faults) -> Iterator[str]:
                 faults.add(where, f'"{given[0]}" is empty: remove the row or fill it in')
             else:
                 yield text
+
+
+def write_inputs(paths: Sequence[str], pool_paths: Sequence[str] | None, rows: TrainingRows, work: str) -> None:
+    """Writes the pool and the key of each row's query, which every process maps into memory.
+
+    Args:
+        paths: of the rows, which are written again and so have to be JSON.
+        pool_paths: of the pool; None takes all passages of the rows.
+        work: folder of the mining.
+    """
+    faults = Faults()
+    check_json(paths, faults)
+    for _ in read_pool_texts(pool_paths or [], faults):  # to see that all is well
+        pass
+    faults.raise_if_any()
+
+    def texts() -> Iterator[str]:
+        if pool_paths is not None:
+            yield from read_pool_texts(pool_paths, Faults())
+        else:
+            for i in range(len(rows)):
+                yield from rows.passages(i)
+
+    write_pool(os.path.join(work, "pool"), texts)
+    keys = array("q", (text_key(rows[i]["query"]) for i in range(len(rows))))
+    np.save(os.path.join(work, "query_keys.npy"), np.frombuffer(keys, dtype=np.int64))

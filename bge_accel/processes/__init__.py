@@ -3,6 +3,7 @@
 DOOR = {
     "children": "run_child".split(),
     "group": "from_first gather leave_processes Processes rank_and_world share_of SharedCounters".split(),
+    "launch": "errors_of_any keep_own_gpu start_processes".split(),
     "progress": "progress say warn".split(),
     "signals": "interruptible StopSignals".split(),
 }
