@@ -12,42 +12,29 @@ Exit status: 0 where nothing is worse than a warning, 1 where there are errors, 
 import json
 import math
 import os
-import random
 import signal
-import subprocess
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import finetune  # beside this file
 
-from bge_accel.config import option, options_from, parse_config, to_yaml, user_errors
+from bge_accel.config import option, options_from, parse_config, user_errors
 from bge_accel.data.sources import Source, find_sources, merge_small
 from bge_accel.files.outputs import check_output
-from bge_accel.processes.children import run_child
 from bge_accel.processes.progress import say
 from bge_accel.processes.signals import interruptible
 from bge_accel.reports.row_checks import (
     Finding,
     Sample,
     check_held_out,
-    check_instruction,
-    check_lengths,
     check_rows,
-    check_unknown_tokens,
     read_sample,
 )
 from bge_accel.training.plan import DataOptions, PlannedSource, RunPlan, check_sources, plan_run
 from bge_accel.training.refused_flags import REFUSED
 
 # Heavy packages are imported inside main().
-
-PROBE_TOKENS = {"cpu": (2560, 7168), "cuda": (16384, 65536)}  # of a measured step, roughly; two sizes make a line
-MEASURE_SECONDS = 60  # that the steps of the larger size may take, judged by those of the smaller
-MAX_TEXTS = 20_000  # of a kind that are tokenised
-UNUSUAL = 40  # characters a token that no text exceeds; what is cut off would be cut anyway
-ONE_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(kw_only=True)
@@ -90,12 +77,15 @@ def main(cfg: Config) -> int:
     from bge_accel.models.precision import choose_precision
     from bge_accel.reports.doctor import (
         as_json,
-        as_text,
         check_environment,
         check_settings,
         free_memory_gb,
         sort_findings,
     )
+    from bge_accel.reports.forecast import cost_of
+    from bge_accel.reports.probe import measure
+    from bge_accel.reports.text_checks import check_texts
+    from bge_accel.training.step import automatic_activation_bytes
 
     device = torch.device("cpu" if cfg.use_cpu or not torch.cuda.is_available() else "cuda")
     environment, findings = check_environment()
@@ -107,23 +97,7 @@ def main(cfg: Config) -> int:
     # ---- rows
     feeds: list[Feed] = []
     findings += refusals("data_refused", lambda: feeds.extend(read_feeds(cfg)))
-    for feed in feeds:
-        of_source = check_rows(
-            feed.sample,
-            group_size=feed.group_size,
-            in_batch_negatives=feed.in_batch_negatives,
-            need_scores=cfg.knowledge_distillation,
-        )
-        findings += named(of_source, feed, feeds)
-
-    def held_out() -> None:
-        from bge_accel.evaluation.in_training import read_eval_sets
-
-        for name, data in read_eval_sets(cfg.eval_data or []).items():
-            for feed in feeds:
-                findings.extend(named(check_held_out(feed.sample, data.queries.texts, name), feed, feeds))
-
-    findings += refusals("eval_data_refused", held_out)
+    findings += look_at_rows(cfg, feeds)
 
     # ---- what the model says of the texts
     forecast: dict[str, Any] = {}
@@ -132,10 +106,11 @@ def main(cfg: Config) -> int:
     feeds_with_rows = [feed for feed in feeds if feed.sample.rows]
 
     def look_through_model() -> None:
-        model = read_model(cfg)
+        model, options = read_model(cfg), options_from(DataOptions, cfg)
+        name = cfg.tokenizer_name or cfg.model_name_or_path
         facts_of_model.update(model)
         for feed in feeds_with_rows:
-            found, tokens = check_texts(cfg, feed, model)
+            found, tokens = check_texts(feed.sample, feed, options, name, model)
             findings.extend(named(found, feed, feeds))
             row_tokens.extend(tokens)
 
@@ -182,35 +157,51 @@ def main(cfg: Config) -> int:
         local_processes = cfg.num_processes or int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         free_gb = free_memory_gb(device) / (local_processes if device.type == "cpu" else 1)  # shared by all
         print("measuring a few steps of finetune.py ...", file=sys.stderr, flush=True)
-        measured = measure(run, cfg.measure_steps, feeds_with_rows, sound, row_tokens, device.type)
+        largest = max(feed.group_size for feed in feeds_with_rows), feeds_with_rows[0].in_batch_negatives
+        settings = asdict(run) | {"train_group_size": largest[0], "use_inbatch_neg": largest[1]}
+        measured = measure(finetune.__file__, settings, cfg.measure_steps, sound, row_tokens, device.type)
         if isinstance(measured, Finding):
             findings.append(measured)
         else:
-            budget = activation_budget_gb(cfg, device, facts_of_model["num_parameters"], local_processes)
-            found, cost = cost_of(cfg, plans[0], measured, budget, free_gb, row_tokens, world)
+            budget = cfg.activation_memory_budget
+            if budget is None:
+                budget = automatic_activation_bytes(device, facts_of_model["num_parameters"], local_processes) / 1e9
+            found, cost = cost_of(plans[0], measured, budget, free_gb, row_tokens, world, cfg.deepspeed is not None)
             findings += found
             forecast |= cost
 
-    # ---- report
-    findings = sort_findings(findings)
-    report = as_json(findings, {**environment, "device": device.type, "processes": world}, forecast or None)
+    report = as_json(
+        sort_findings(findings), {**environment, "device": device.type, "processes": world}, forecast or None
+    )
+    show(cfg, report, sort_findings(findings), environment, forecast, sum(feed.sample.num_read for feed in feeds))
+    return 0 if report["ok"] else 1
+
+
+def show(
+    cfg: Config,
+    report: dict[str, Any],
+    findings: list[Finding],
+    environment: dict[str, Any],
+    forecast: dict[str, Any],
+    num_read: int,
+) -> None:
+    """Prints the report, and writes it where that is asked for."""
+    from bge_accel.reports.doctor import as_text
+    from bge_accel.reports.forecast import forecast_lines
+
     if cfg.json == "-":
         say(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        read = sum(feed.sample.num_read for feed in feeds)
-        total = forecast.get("rows")
+        total, machine = forecast.get("rows"), report["environment"]
         gpus = ", ".join(f"{gpu['name']} ({gpu['memory_gb']:.0f} GB)" for gpu in environment["gpus"]) or "none"
         versions = " ".join(f"{name} {environment[name]}" for name in "torch transformers accelerate".split())
+        backends = ", ".join(f"{name} {'yes' if environment[name.lower()] else 'no'}" for name in ("NCCL", "gloo"))
         facts = [
             ("model", cfg.model_name_or_path),
-            ("data", f"{read:,} rows looked at" + (f" of {total:,}" if total else "")),
-            ("run", f"{world} process(es) on {device.type}"),
+            ("data", f"{num_read:,} rows looked at" + (f" of {total:,}" if total else "")),
+            ("run", f"{machine['processes']} process(es) on {machine['device']}"),
             ("software", f"Python {environment['python']} {versions}, {environment['faiss'] or 'no FAISS'}"),
-            (
-                "GPUs",
-                gpus
-                + f"; NCCL {'yes' if environment['nccl'] else 'no'}, gloo {'yes' if environment['gloo'] else 'no'}",
-            ),
+            ("GPUs", f"{gpus}; {backends}"),
         ]
         say(as_text(findings, facts, forecast_lines(forecast)))
     if cfg.json not in (None, "-"):
@@ -220,7 +211,27 @@ def main(cfg: Config) -> int:
                     json.dump(report, file, indent=2, ensure_ascii=False)
             except OSError as error:
                 raise ValueError(f"--json {cfg.json}: {error.strerror or error}; name another file") from None
-    return 0 if report["ok"] else 1
+
+
+def look_at_rows(cfg: Config, feeds: list[Feed]) -> list[Finding]:
+    """What is wrong with rows, alone and beside those that are held out."""
+    from bge_accel.evaluation.in_training import read_eval_sets
+
+    findings = []
+    for feed in feeds:
+        of_source = check_rows(
+            feed.sample,
+            group_size=feed.group_size,
+            in_batch_negatives=feed.in_batch_negatives,
+            need_scores=cfg.knowledge_distillation,
+        )
+        findings += named(of_source, feed, feeds)
+    held_out: dict[str, Any] = {}
+    findings += refusals("eval_data_refused", lambda: held_out.update(read_eval_sets(cfg.eval_data or [])))
+    for name, data in held_out.items():
+        for feed in feeds:
+            findings += named(check_held_out(feed.sample, data.queries.texts, name), feed, feeds)
+    return findings
 
 
 def run_of(cfg: Config) -> finetune.Config:
@@ -279,27 +290,13 @@ def sample_of(cfg: Config, source: Source, limit: int) -> Sample:
 
 def read_model(cfg: Config) -> dict[str, Any]:
     """What the run's model says of itself, its tokenizer and its size."""
-    from bge_accel.models.encoder import load_encoder
     from bge_accel.models.loading import max_positions
-    from bge_accel.models.settings import instruction_prefix, read_settings
+    from bge_accel.models.settings import read_settings
+    from bge_accel.training.model import ModelOptions, load_model
 
     hub = {key: value for key, value in (("cache_dir", cfg.cache_dir), ("token", cfg.token)) if value is not None}
     own = read_settings(cfg.model_name_or_path, **hub)
-    encoder, tokenizer, settings = load_encoder(
-        cfg.model_name_or_path,
-        pooling=cfg.sentence_pooling_method,
-        normalize=cfg.normalize_embeddings,
-        query_prefix=instruction_prefix(cfg.query_instruction_for_retrieval, cfg.query_instruction_format),
-        passage_prefix=instruction_prefix(cfg.passage_instruction_for_retrieval, cfg.passage_instruction_format),
-        config_name=cfg.config_name,
-        tokenizer_name=cfg.tokenizer_name,
-        trust_remote_code=cfg.trust_remote_code,
-        longest=max(cfg.query_max_len, cfg.passage_max_len),
-        gradient_checkpointing=cfg.gradient_checkpointing,
-        lengths={"--query_max_len": cfg.query_max_len, "--passage_max_len": cfg.passage_max_len},
-        cut_by={"query": "--query_max_len", "passage": "--passage_max_len"},
-        **hub,
-    )
+    encoder, tokenizer, settings = load_model(options_from(ModelOptions, cfg), feeds=[])
     tokenizer.model_max_length = 10**9  # texts are tokenised whole
     return {
         "own": own,
@@ -308,242 +305,6 @@ def read_model(cfg: Config) -> dict[str, Any]:
         "num_parameters": sum(parameter.numel() for parameter in encoder.parameters()),
         "longest": max_positions(encoder.config),
     }
-
-
-def check_texts(cfg: Config, feed: Feed, model: dict[str, Any]) -> tuple[list[Finding], list[float]]:
-    """Findings about instructions and lengths, and the tokens that each row brings to a batch."""
-    from bge_accel.models.settings import instruction_prefix
-
-    settings, own, tokenizer = model["settings"], model["own"], model["tokenizer"]
-    of_source = instruction_prefix(feed.source.query_instruction_for_retrieval, cfg.query_instruction_format)
-    query_prefix = settings.query_prefix if of_source is None else of_source
-    of_source = instruction_prefix(feed.source.passage_instruction_for_retrieval, cfg.passage_instruction_format)
-    passage_prefix = settings.passage_prefix if of_source is None else of_source
-    name, sample = cfg.tokenizer_name or cfg.model_name_or_path, feed.sample
-    found = check_instruction(
-        sample, "query", query_prefix, own.query_prefix, name, flag="--query_instruction_for_retrieval"
-    )
-    found += check_instruction(
-        sample, "passage", passage_prefix, own.passage_prefix, name, flag="--passage_instruction_for_retrieval"
-    )
-
-    def lengths(texts: list[tuple[int, str]], max_len: int) -> tuple[list[tuple[int, int]], list[tuple[int, float]]]:
-        """Row and tokens of each text, and row and share of tokens that the tokenizer does not know."""
-        if len(texts) > MAX_TEXTS:
-            texts = sorted(random.Random(cfg.seed).sample(texts, MAX_TEXTS))
-        ids = tokenizer([text[: max_len * UNUSUAL] for _, text in texts])["input_ids"]
-        unknown = tokenizer.unk_token_id
-        return [(row, len(i)) for (row, _), i in zip(texts, ids, strict=True)], [
-            (row, i.count(unknown) / max(len(i) - 2, 1)) for (row, _), i in zip(texts, ids, strict=True)
-        ]
-
-    queries = [
-        (index, (query_prefix if own_prefix is None else own_prefix) + row["query"])
-        for index, row in enumerate(sample.rows)
-        for own_prefix in [instruction_prefix(row.get("prompt"), cfg.query_instruction_format)]
-    ]
-    of_queries, unknown = lengths(queries, cfg.query_max_len)
-    of_passages, unknown_in_passages = lengths(
-        [(index, passage_prefix + text) for index, text in sample.passages()], cfg.passage_max_len
-    )
-    found += check_lengths(sample, "query", of_queries, cfg.query_max_len, model["longest"])
-    found += check_lengths(sample, "passage", of_passages, cfg.passage_max_len, model["longest"])
-    found += check_unknown_tokens(sample, unknown + unknown_in_passages)
-
-    passages_of: dict[int, list[int]] = {}
-    for row, length in of_passages:
-        passages_of.setdefault(row, []).append(min(length, cfg.passage_max_len))
-    tokens = [
-        min(length, cfg.query_max_len) + feed.group_size * sum(passages_of[row]) / len(passages_of[row])
-        for row, length in of_queries
-        if row in passages_of
-    ]
-    return found, tokens
-
-
-def measure(
-    run: finetune.Config,
-    steps: int,
-    feeds: list[Feed],
-    rows: list[dict[str, Any]],
-    row_tokens: list[float],
-    device: str,
-) -> "list[Any] | Finding":
-    """Some steps of finetune.py itself at two batch sizes, each in a process of its own: a peak never falls."""
-    from bge_accel.reports.doctor import Measured
-
-    per_row = sum(row_tokens) / len(row_tokens)
-    large = max(2, min(math.ceil(PROBE_TOKENS[device][1] / per_row), len(rows)))
-    sizes = sorted({max(1, math.ceil(large * PROBE_TOKENS[device][0] / PROBE_TOKENS[device][1])), large})
-    measured: list[Measured] = []
-    with tempfile.TemporaryDirectory(prefix="bge_accel_doctor_") as folder:
-        # From everywhere in the sample; some more than a batch, for rows without negatives draw other rows' passages.
-        count = min(max(2 * large, 200), len(rows))
-        path = os.path.join(folder, "rows.jsonl")
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(rows[i * len(rows) // count]) + "\n" for i in range(count))
-        for size in sizes:
-            if measured:
-                affordable = int(MEASURE_SECONDS * measured[0].tokens_per_second / (steps * per_row))
-                size = max(math.ceil(1.5 * sizes[0]), min(size, affordable))
-            out = os.path.join(folder, f"out-{size}")
-            probe = replace(
-                run,
-                train_data=[path],
-                output_dir=out,
-                cache_path=os.path.join(folder, "cache"),
-                token=None,
-                train_group_size=max(feed.group_size for feed in feeds),
-                use_inbatch_neg=feeds[0].in_batch_negatives,
-                per_device_train_batch_size=size,
-                max_steps=steps,
-                gradient_accumulation_steps=1,
-                negatives_cross_device=False,
-                deepspeed=None,
-                streaming=False,
-                stopping_strategy="repeat",
-                same_dataset_within_batch=False,
-                mix_sources=False,
-                small_threshold=0,
-                drop_threshold=0,
-                sampling_temperature=1.0,
-                eval_data=None,
-                eval_on_start=False,
-                load_best_model_at_end=False,
-                early_stopping_patience=None,
-                save_strategy="no",
-                resume_from_checkpoint=None,
-                overwrite_output_dir=False,
-                logging_steps=1,
-                report_to=["none"],
-                disable_tqdm=True,
-            )
-            settings = os.path.join(folder, f"{size}.yaml")
-            with open(settings, "w", encoding="utf-8") as file:
-                file.write(to_yaml(probe))
-            environment = {key: value for key, value in os.environ.items() if key not in ONE_PROCESS}
-            environment = {key: value for key, value in environment.items() if not key.startswith("ACCELERATE_USE_")}
-            if run.token is not None:
-                environment["HF_TOKEN"] = run.token
-            command = [sys.executable, finetune.__file__, "--config", settings]
-            # A process's peak starts at its parent's size (Linux, across exec), so a small one stands between.
-            between = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-            done = run_child([sys.executable, "-c", between, *command], env=environment, **pipes)
-            if done.returncode:
-                said = [line for line in done.stderr.splitlines() if line.strip()] or ["it said nothing"]
-                seen = (
-                    f"finetune.py ends with status {done.returncode} within {steps} steps of {size} queries: {said[-1]}"
-                )
-                killed = "the machine may have run out of memory; " if done.returncode in (-9, 137, 247) else ""
-                return Finding("run_fails", "error", seen, f"{killed}mend what it names; it is what the run would say")
-            with open(os.path.join(out, "train_log.jsonl"), encoding="utf-8") as file:
-                log = [json.loads(line) for line in file]
-            # The first step also reads and warms up.
-            tokens = [record["tokens_per_second"] / record["queries_per_second"] * size for record in log]
-            warm = log[1:]
-            seconds = sum(size / record["queries_per_second"] for record in warm)
-            measured.append(
-                Measured(
-                    batch_size=size,
-                    padded_tokens=max(t / (1 - record["padding"]) for t, record in zip(tokens, log, strict=True)),
-                    peak_gb=max(record["memory_gb"] for record in log),
-                    tokens_per_second=sum(tokens[1:]) / seconds,
-                    padding=sum(record["padding"] for record in log) / len(log),
-                )
-            )
-    return measured
-
-
-def activation_budget_gb(cfg: Config, device: Any, num_parameters: int, local_processes: int) -> float:
-    """GB of activations that finetune.py will keep."""
-    if cfg.activation_memory_budget is not None:
-        return cfg.activation_memory_budget
-    from bge_accel.training.step import automatic_activation_bytes
-
-    return automatic_activation_bytes(device, num_parameters, local_processes) / 1e9
-
-
-def cost_of(
-    cfg: Config,
-    plan: RunPlan,
-    measured: list[Any],
-    budget_gb: float,
-    free_gb: float,
-    row_tokens: list[float],
-    world: int,
-) -> tuple[list[Finding], dict[str, Any]]:
-    """Memory, time and the batch to take, and what is wrong with them."""
-    from bge_accel.reports.doctor import fit_memory, largest_step_tokens, propose_batch
-
-    memory, largest = fit_memory(measured, budget_gb), measured[-1]
-    batch = round(plan.queries_per_batch / world)
-    tokens = largest_step_tokens(row_tokens, batch, plan.num_batches) / (1 - largest.padding)
-    peak = memory.peak_gb(tokens)
-    per_query = sum(row_tokens) / len(row_tokens)
-    per_step = plan.queries_per_step / world * per_query / largest.tokens_per_second
-    per_step *= 1 if memory.is_kept(tokens) else 4 / 3
-    size, why = propose_batch(
-        memory,
-        row_tokens,
-        padding=largest.padding,
-        free_gb=free_gb,
-        num_examples=plan.num_steps * plan.queries_per_step if cfg.max_steps < 1 else None,
-        num_rows=plan.num_rows,
-        world=world,
-    )
-    found = []
-    if peak > 0.9 * free_gb:
-        seen = f"a process will take about {peak:.1f} GB, and {free_gb:.1f} GB are free"
-        advice = "--gradient_checkpointing, --activation_memory_budget, --bf16, or a smaller model"
-        found.append(Finding("memory", "error" if peak > free_gb else "warning", seen, advice))
-    if not memory.is_kept(tokens):
-        seen = (
-            f"activations of {batch:,} queries take more than the {budget_gb:.1f} GB kept: the rest is computed twice"
-        )
-        advice = f"nothing, or about {size} queries a process for a third less time a query"
-        found.append(Finding("activations_recomputed", "note", seen, advice))
-    return found, {
-        "peak_memory_gb": peak,
-        "free_memory_gb": free_gb,
-        "fixed_memory_gb": memory.fixed_gb,
-        "memory_gb_per_1000_tokens": 1000 * memory.gb_per_token,
-        "tokens_per_query": per_query,
-        "seconds_per_step": per_step,
-        "seconds_per_epoch": per_step * plan.num_steps / plan.num_epochs if plan.num_epochs else None,
-        "seconds": per_step * plan.num_steps,
-        "proposed_batch_size": size,
-        "proposed_because": why,
-        "measured": [asdict(one) for one in measured],
-        "one_unsharded_process": world > 1 or cfg.deepspeed is not None,
-    }
-
-
-def forecast_lines(forecast: dict[str, Any]) -> list[tuple[str, str]]:
-    if not forecast:
-        return []
-    epochs = f" ({forecast['epochs']:.2f} epochs)" if forecast["epochs"] else ""
-    lines = [
-        ("steps", f"{forecast['steps']:,} of {forecast['queries_per_step']:g} queries{epochs}"),
-        ("negatives", f"{forecast['negatives_per_query']:,} for each query"),
-    ]
-    if "peak_memory_gb" not in forecast:
-        return lines
-    epoch = f", {duration(forecast['seconds_per_epoch'])} an epoch" if forecast["seconds_per_epoch"] else ""
-    alone = "; of one process, not sharded" if forecast["one_unsharded_process"] else ""
-    return [
-        *lines,
-        ("peak memory", f"{forecast['peak_memory_gb']:.2f} GB, {forecast['free_memory_gb']:.1f} GB are free{alone}"),
-        ("time", f"{duration(forecast['seconds_per_step'])} a step{epoch}, {duration(forecast['seconds'])} in all"),
-        ("batch", f"up to {forecast['proposed_batch_size']:,} queries a process: {forecast['proposed_because']}"),
-    ]
-
-
-def duration(seconds: float) -> str:
-    for limit, unit, size in ((120, "s", 1), (7200, "min", 60), (math.inf, "h", 3600)):
-        if seconds < limit:
-            return f"{seconds / size:.{1 if seconds < 10 * size else 0}f} {unit}"
-    raise AssertionError
 
 
 if __name__ == "__main__":

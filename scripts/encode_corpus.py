@@ -139,8 +139,6 @@ def main(cfg: Config) -> None:
     from bge_accel.encoding.embedding_model import EmbeddingModel, line_for_all_gpus
     from bge_accel.encoding.pipeline import EncodingCounts
     from bge_accel.encoding.storing import encode_to_store
-    from bge_accel.kernels.onednn import cpu_has_bf16
-    from bge_accel.models.precision import cpu_is_faster_in_bf16
 
     # The others wait while the first reads all texts.
     on_cpu = not torch.cuda.is_available()
@@ -165,13 +163,7 @@ def main(cfg: Config) -> None:
 
     # ---- model
     with user_errors():
-        auto = "fp16" if not on_cpu else "bf16" if cpu_is_faster_in_bf16() else "fp32"
-        precision = auto if cfg.precision == "auto" else cfg.precision
-        if precision == "fp16" and on_cpu:
-            raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
-        if precision == "bf16" and on_cpu and not cpu_is_faster_in_bf16() and state.is_main_process:
-            how = "is slower in bfloat16 than in float32" if cpu_has_bf16() else "has to emulate bfloat16"
-            warn(f"this CPU {how}: --precision fp32 is faster")
+        precision = precision_of(cfg.precision, on_cpu=on_cpu)
         model = EmbeddingModel(
             cfg.model_name_or_path,
             device=state.device,
@@ -249,6 +241,21 @@ def main(cfg: Config) -> None:
             shares = ", ".join(f"{numbers[0]:,} in {numbers[3]:.1f} s" for numbers in all_counts)
             say(f"texts of each process: {shares}")
         say(f"wrote {cfg.output_dir}: {manifest.num_texts:,} x {manifest.dim} {manifest.dtype}")
+
+
+def precision_of(asked: str, *, on_cpu: bool) -> str:
+    """The precision to compute in; "auto" is the fast one. ValueError where the device has none such."""
+    from bge_accel.kernels.onednn import cpu_has_bf16
+    from bge_accel.models.precision import cpu_is_faster_in_bf16
+
+    if asked == "auto":
+        return "fp16" if not on_cpu else "bf16" if cpu_is_faster_in_bf16() else "fp32"
+    if asked == "fp16" and on_cpu:
+        raise ValueError("--precision fp16 needs a GPU; on a CPU there are bf16 and fp32")
+    if asked == "bf16" and on_cpu and not cpu_is_faster_in_bf16():
+        how = "is slower in bfloat16 than in float32" if cpu_has_bf16() else "has to emulate bfloat16"
+        warn(f"this CPU {how}: --precision fp32 is faster")
+    return asked
 
 
 if __name__ == "__main__":

@@ -30,25 +30,14 @@ import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import numpy as np
-
-from bge_accel.config import check_model_path, option, parse_config, user_errors
+from bge_accel.config import check_model_path, check_rules, option, parse_config, user_errors
 from bge_accel.encoding.store import MANIFEST, read_manifest
-from bge_accel.evaluation.comparison import (
-    choose_metric,
-    compare,
-)
-from bge_accel.evaluation.retrieval import (
-    Evaluation,
-    choose_cutoffs,
-    evaluate_retrieval,
-    evaluate_run,
-    ranking_rows,
-)
+from bge_accel.evaluation.comparison import choose_metric, compare
+from bge_accel.evaluation.retrieval import Evaluation, choose_cutoffs, evaluate_retrieval, evaluate_run, ranking_rows
 from bge_accel.evaluation.search import can_search_on_gpu
 from bge_accel.evaluation.set_files import files_of_beir
-from bge_accel.evaluation.sets import EvaluationData, read_evaluation_data
-from bge_accel.evaluation.systems import System, result_of, show_comparison, show_system, system_names
+from bge_accel.evaluation.sets import EvaluationData, in_words, read_evaluation_data
+from bge_accel.evaluation.systems import System, about_model, result_of, show_comparison, show_system, system_names
 from bge_accel.evaluation.trec import Rankings, judged_ids, read_run, run_lines
 from bge_accel.files.atomic import atomic_file
 from bge_accel.files.faults import Faults
@@ -57,7 +46,7 @@ from bge_accel.files.outputs import check_folder, check_output
 from bge_accel.files.parts import what_is_kept
 from bge_accel.files.text import installed_versions
 from bge_accel.models.pooling import POOLING
-from bge_accel.processes.group import Processes, gather, leave_processes
+from bge_accel.processes.group import Processes, leave_processes
 from bge_accel.processes.launch import errors_of_any, keep_own_gpu, start_processes
 from bge_accel.processes.progress import say, warn
 from bge_accel.processes.signals import interruptible
@@ -80,18 +69,16 @@ class Config:
         group="data",
     )  # fmt: skip
     corpus_data: list[str] | None = option(
-        None,
-        'files, globs, folders or hub names of passages {"content" or "text"}, optional "id", "title"; a folder in '
-        "BEIR's layout brings queries and judgements; default: MS MARCO's",
+        None, "passages: files, folders or hub names; a folder in BEIR's layout has all three; default: MS MARCO's"
     )
     query_data: list[str] | None = option(
-        None,
-        'the same of queries {"query" or "text"} with "positive": [text, ...], or "id" and --qrels; default: MS MARCO\'s',
+        None, 'queries: with "positive": [text, ...], or "id" and --qrels; default: MS MARCO\'s'
     )
 
     add_instruction: bool = option(
-        False, f"put BGE's English instruction {BGE_INSTRUCTION!r} before each query", group="model"
-    )
+        False, f"put BGE's English instruction {BGE_INSTRUCTION!r} before each query", group="model",
+        excludes={"query_instruction_for_retrieval": "both say what stands before a query"},
+    )  # fmt: skip
     query_instruction_for_retrieval: str | None = option(
         None, 'put before each query; "" for none; default: what the model says of itself'
     )
@@ -106,11 +93,9 @@ class Config:
     )
     trust_remote_code: bool = option(False, "run code that comes with the model")
     cache_dir: str | None = option(None, "where models from the hub are kept")
-
     qrels: str | None = option(
         None, "judgements: lines `query-id corpus-id score` (BEIR) or `query-id 0 corpus-id grade` (TREC)", group="data"
     )
-
     split: str | None = option(
         None, "of judgements in BEIR's layout (default: test), or of queries on the hub (default: dev)"
     )
@@ -119,29 +104,18 @@ class Config:
     cutoffs: list[int] | None = option(None, "ranks to measure at; default: 1 3 5 10 100 up to k, and k", at_least=1)
     index_factory: str = option("Flat", "FAISS index string; Flat is exact")
     num_processes: int | None = option(
-        None,
-        "started on this machine, each encodes and searches its share; default: one a GPU",
-        at_least=1,
-        at_most=1024,
+        None, "that share the work on this machine; default: one a GPU", at_least=1, at_most=1024
     )
-
     max_query_length: int = option(
         32, "tokens that a query is cut to, special tokens included", at_least=1, group="encoding"
     )
     max_passage_length: int = option(128, "tokens that a passage is cut to, special tokens included", at_least=1)
     batch_size: int = option(256, "at most so many texts in one forward pass", at_least=1)
     fp16: bool = option(False, "float16 (GPU); without a GPU bfloat16, else float32")
-    bf16: bool = option(False, "bfloat16; without hardware for it float32")
-
-    save_embedding: bool = option(
-        False, "keep the corpus's embeddings in --save_path; one begun there and stopped goes on"
-    )
-    load_embedding: bool = option(
-        False, "take the corpus's embeddings from --save_path, if they are of this model and corpus"
-    )
-    save_path: list[str] | None = option(
-        None, f"folder of the embedding store, one for each encoder; default: {DEFAULT_SAVE_PATH}"
-    )
+    bf16: bool = option(False, "bfloat16; else float32", excludes={"fp16": "give one of them"})
+    save_embedding: bool = option(False, "keep the corpus's embeddings in --save_path")
+    load_embedding: bool = option(False, "take the corpus's embeddings from --save_path")
+    save_path: list[str] | None = option(None, f"stores, one for each encoder; default: {DEFAULT_SAVE_PATH}")
 
     compare_metric: str | None = option(
         None, "by which queries gain and lose in a comparison; default: nDCG@10, or at the largest cut-off below",
@@ -157,19 +131,13 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is read."""
+    check_rules(cfg)
     encoders, runs = cfg.encoder or [], cfg.compare or []
     if not encoders and not runs:
         raise ValueError("there is nothing to measure: name models with --encoder, or runs with --compare")
     choose_metric(cfg.compare_metric, choose_cutoffs(cfg.k, cfg.cutoffs))
     if cfg.compare_metric is not None and len(encoders) + len(runs) < 2:
         raise ValueError(f"--compare_metric {cfg.compare_metric} has no effect on one system alone; drop it")
-    world = os.environ.get("WORLD_SIZE")
-    if cfg.num_processes is not None and world is not None and int(world) != cfg.num_processes:
-        raise ValueError(f"--num_processes {cfg.num_processes} has no effect: {world} processes have been started")
-    if cfg.add_instruction and cfg.query_instruction_for_retrieval is not None:
-        raise ValueError("--add_instruction and --query_instruction_for_retrieval both say what to put before a query")
-    if cfg.fp16 and cfg.bf16:
-        raise ValueError("--fp16 and --bf16 exclude each other; give one of them")
     if not encoders and cfg.corpus_data is None and cfg.query_data is None and cfg.qrels is None:
         raise ValueError("runs are measured against judgements: give --qrels, or --corpus_data and --query_data")
     stores = save_paths(cfg)
@@ -178,20 +146,16 @@ def check(cfg: Config) -> None:
     for name, given in (("save_path", stores), ("save_run", cfg.save_run)):
         if given and (len(given) != len(encoders) or len(set(given)) != len(given)):
             raise ValueError(f"--{name} is {' '.join(given)}: name one for each of {len(encoders)} encoders")
-    if cfg.load_embedding:
-        for path in stores:
-            read_manifest(path)
+    for path in stores if cfg.load_embedding else ():
+        read_manifest(path)
     for encoder in encoders:
         check_model_path("--encoder", encoder)
     if cfg.figures_dir is not None and importlib.util.find_spec("matplotlib") is None:
         raise ValueError("--figures_dir needs matplotlib: pip install matplotlib, or drop the flag")
     if cfg.save_ranking is not None and len(encoders) + len(runs) > 1:
         raise ValueError("--save_ranking is of one system; of several, --save_run keeps the rankings")
-    inputs = [
-        *files_of_beir([*(cfg.corpus_data or []), *(cfg.query_data or [])]),
-        *([cfg.qrels] if cfg.qrels else []),
-        *runs,
-    ]
+    inputs = files_of_beir([*(cfg.corpus_data or []), *(cfg.query_data or [])])
+    inputs = [*inputs, *([cfg.qrels] if cfg.qrels else []), *runs]
     for folder in stores:
         check_folder("--save_path", folder)
         check_output("--save_path", os.path.join(folder, MANIFEST), inputs)
@@ -233,16 +197,9 @@ def main(cfg: Config) -> None:
         processes = Processes()
         processes.on_first(lambda: lock_outputs(cfg))
         runs, data = read_inputs(cfg)
-    counts = data.counts
     for warning in data.warnings:
         warn(warning)
-    of_queries = f" of {counts['queries']:,}" if "queries" in counts else ""
-    passages = f"{counts['corpus']:,} passages, " if "corpus" in counts else ""
-    missing = f" ({counts['missing_positives']:,} not in the corpus)" if "missing_positives" in counts else ""
-    processes.say(
-        f"{counts['judged_queries']:,} judged queries{of_queries}, {passages}{counts['positives']:,} positives{missing}"
-    )
-
+    processes.say(in_words(data.counts))
     with user_errors():
         if (differing := encoders_differ(cfg)) != "":
             warn(
@@ -313,7 +270,6 @@ def evaluate_encoder(
     cfg: Config, number: int, data: EvaluationData, processes: Processes
 ) -> tuple[Evaluation, dict[str, Any]]:
     """Loads one of the encoders and measures it; the metrics, and how they were made."""
-    import torch
 
     from bge_accel.encoding.embedding_model import EmbeddingModel
     from bge_accel.models.precision import resolve_dtype
@@ -354,23 +310,7 @@ def evaluate_encoder(
         shared=processes.world > 1,
         **lengths,
     )
-    encoded = np.sum(gather([model.counts.num_texts, model.counts.num_truncated]), axis=0).tolist()
-    settings = model.settings
-    return evaluation, {
-        "encoded_texts": encoded[0],
-        "truncated_texts": encoded[1],
-        "model": {
-            "name": cfg.encoder[number],
-            "pooling": settings.pooling,
-            "normalize": settings.normalize,
-            "query_instruction": settings.query_prefix,
-            "passage_instruction": settings.passage_prefix,
-            **lengths,
-            "dtype": str(dtype).removeprefix("torch."),
-            "device": torch.cuda.get_device_name() if model.device.type == "cuda" else model.device.type,
-            "processes": processes.world,
-        },
-    }
+    return evaluation, about_model(cfg.encoder[number], model, lengths, processes.world)
 
 
 def report(cfg: Config, data: EvaluationData, systems: list[System]) -> None:

@@ -15,11 +15,11 @@ import json
 import os
 import shutil
 from array import array
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from bge_accel.config import Refusal, check_model_path, option, parse_config, to_yaml, user_errors
+from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
 from bge_accel.data.reading import check_json, read_rows, text_id
 from bge_accel.data.rows import TrainingRows
 from bge_accel.encoding.reranker import SHORTEST_PAIR
@@ -55,11 +55,11 @@ REFUSED = {
 class Config:
     """What to score, and by which model."""
 
-    reranker_name_or_path: str = option(
-        MISSING, "folder or hub name of the cross-encoder", aliases=["reranker", "model_name_or_path"], group="model"
+    reranker_name_or_path: str = required(
+        "folder or hub name of the cross-encoder", aliases=["reranker", "model_name_or_path"], group="model"
     )
-    input_file: list[str] = option(MISSING, 'files, globs or folders of rows {"query", "pos", "neg"}', group="data")
-    output_file: str = option(MISSING, "where the rows are written, as JSON lines")
+    input_file: list[str] = required('files, globs or folders of rows {"query", "pos", "neg"}', group="data")
+    output_file: str = required("where the rows are written, as JSON lines")
     cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows")
 
     query_instruction_for_rerank: str | None = option(None, "put before each query", group="model")

@@ -7,6 +7,7 @@ DOOR = {
     "remote": "HUB_NAME".split(),
     "rows": "join_known_positives TrainingRows".split(),
     "sources": "find_sources merge_small Source source_shares SourceSchedule YAML".split(),
+    "splitmix": "splitmix64".split(),
     "streaming": "RowStream".split(),
 }
 """The names that other rooms and scripts may use, by module."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from bge_accel.data.splitmix import splitmix64
 from bge_accel.files.faults import Faults
 from bge_accel.files.finding import EXTENSIONS, find_files
 from bge_accel.files.parsing import load_yaml
@@ -228,11 +229,8 @@ class SourceSchedule:
         return whole + (self._jitter(np.arange(len(whole)), whole) < exact - whole)
 
     def _jitter(self, source: np.ndarray, count: np.ndarray) -> np.ndarray:
-        """Numbers in [0, 1) that look random: SplitMix64 (Steele et al. 2014, https://doi.org/10.1145/2660193.2660195)."""
+        """Numbers in [0, 1) that look random, of the seed, a source and a count."""
         mixed = np.zeros(len(source), dtype=np.uint64)
         for value in (np.full(len(source), self.seed, dtype=np.uint64), source, count):
-            mixed = (mixed ^ value.astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            mixed ^= mixed >> np.uint64(31)
+            mixed = splitmix64(mixed ^ value.astype(np.uint64))
         return (mixed >> np.uint64(11)).astype(np.float64) / 2**53

@@ -7,8 +7,8 @@ DOOR = {
     "retrieval": "choose_cutoffs evaluate_retrieval evaluate_run Evaluation EvaluationData ranking_rows".split(),
     "search": "build_index can_search_on_gpu check_index_factory FAISS_PACKAGES installed_faiss search".split(),
     "set_files": "files_of_beir".split(),
-    "sets": "corpus_rows EvaluationData query_rows read_evaluation_data".split(),
-    "systems": "result_of show_comparison show_system System system_names".split(),
+    "sets": "corpus_rows EvaluationData in_words query_rows read_evaluation_data".split(),
+    "systems": "about_model result_of show_comparison show_system System system_names".split(),
     "tables": "moved_into_top side_by_side_table".split(),
     "trec": "judged_ids Rankings read_run run_lines".split(),
 }

@@ -1,6 +1,6 @@
 """A corpus, queries and judgements, read and checked."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -347,3 +347,13 @@ def _id(row: dict[str, Any], number: int, seen: set[str], where: str, faults: Fa
         faults.add(where, f"the id {shorten(value)} has occurred before: every row needs an id of its own")
     seen.add(value)
     return value
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """The counts of an `EvaluationData`, in a line."""
+    of_queries = f" of {counts['queries']:,}" if "queries" in counts else ""
+    passages = f"{counts['corpus']:,} passages, " if "corpus" in counts else ""
+    missing = f" ({counts['missing_positives']:,} not in the corpus)" if "missing_positives" in counts else ""
+    return (
+        f"{counts['judged_queries']:,} judged queries{of_queries}, {passages}{counts['positives']:,} positives{missing}"
+    )

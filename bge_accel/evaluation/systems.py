@@ -1,15 +1,21 @@
 """Systems that are compared: encoders and runs, what is written of them, and what is shown."""
 
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from bge_accel.evaluation.comparison import Compared, differences_table, moved_text
 from bge_accel.evaluation.retrieval import Evaluation, sample_rankings, score_histogram
 from bge_accel.evaluation.sets import EvaluationData
 from bge_accel.evaluation.tables import metrics_table, side_by_side_table
 from bge_accel.files.text import shorten, shown_name
+from bge_accel.processes.group import gather
 from bge_accel.processes.progress import say
+
+if TYPE_CHECKING:
+    from bge_accel.encoding.embedding_model import EmbeddingModel
 
 SAMPLES = 10  # queries that are written with what each system ranks first
 
@@ -28,6 +34,33 @@ def system_names(paths: list[str]) -> list[str]:
     names = [name if short.count(name) == 1 else path for name, path in zip(short, paths, strict=True)]
     earlier = [names[:number].count(name) for number, name in enumerate(names)]
     return [f"{name} ({count + 1})" if count else name for name, count in zip(names, earlier, strict=True)]
+
+
+def about_model(name: str, model: "EmbeddingModel", lengths: Mapping[str, int], num_processes: int) -> dict[str, Any]:
+    """How a model encoded, for what is written of it; all processes take part.
+
+    Args:
+        lengths: tokens that queries and passages were cut to.
+    """
+    import torch
+
+    encoded = np.sum(gather([model.counts.num_texts, model.counts.num_truncated]), axis=0).tolist()
+    settings, on_gpu = model.settings, model.device.type == "cuda"
+    return {
+        "encoded_texts": encoded[0],
+        "truncated_texts": encoded[1],
+        "model": {
+            "name": name,
+            "pooling": settings.pooling,
+            "normalize": settings.normalize,
+            "query_instruction": settings.query_prefix,
+            "passage_instruction": settings.passage_prefix,
+            **lengths,
+            "dtype": str(next(model.encoder.parameters()).dtype).removeprefix("torch."),
+            "device": torch.cuda.get_device_name() if on_gpu else model.device.type,
+            "processes": num_processes,
+        },
+    }
 
 
 def system_result(data: EvaluationData, system: System) -> dict[str, Any]:

@@ -4,7 +4,7 @@ DOOR = {
     "cpu_attention": "attend".split(),
     "last_layer": "".split(),
     "onednn": "cpu_has_bf16".split(),
-    "packed": "check_kernel num_packed pack pad why_not".split(),
+    "packed": "can_run_packed check_kernel num_packed pack pad".split(),
     "packed_linear": "PackedLinears".split(),
     "switch": "use_kernels".split(),
 }

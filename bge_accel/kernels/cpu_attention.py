@@ -25,9 +25,9 @@ MOST_FLOAT32_TOKENS = 256
 
 def use_cpu_attention(backbone: Any) -> None:
     """Has a model of BERT's family attend with what is here on a CPU; elsewhere, and if of another kind, it does as before."""
-    from bge_accel.kernels.packed import why_not
+    from bge_accel.kernels.packed import can_run_packed
 
-    if why_not(backbone.config) is None:
+    if can_run_packed(backbone.config):
         set_attention(backbone, NAME, attention)
 
 

@@ -21,9 +21,7 @@ def prepare(backbone: Any) -> bool:
     `pooled_tokens` is an argument of the model, (n,) int: of n padded texts the place of one token in each, and the
     states are (n, 1, dim); of n packed texts places in the row, and they are (1, n, dim). Without it nothing is changed.
     """
-    if unpadded.why_not(backbone.config) is not None or not type(backbone).__module__.startswith(
-        "transformers.models."
-    ):
+    if not unpadded.can_run_packed(backbone.config) or not type(backbone).__module__.startswith("transformers.models."):
         return False
     if not backbone.encoder.layer:
         return False

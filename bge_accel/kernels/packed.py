@@ -104,14 +104,19 @@ def choose_kernel(backbone: Any) -> str | None:
         return None
     config = backbone.config
     head_dim = config.hidden_size // max(getattr(config, "num_attention_heads", 1), 1)
-    if why_not(config) is not None or head_dim % 8 or head_dim > 256:
+    if not can_run_packed(config) or head_dim % 8 or head_dim > 256:
         return None
     if importlib.util.find_spec("torch.nn.attention.varlen") and torch.backends.cuda.is_flash_attention_available():
         return "torch"
     return "flash_attn" if importlib.util.find_spec("flash_attn") else None
 
 
-def why_not(config: Any) -> str | None:
+def can_run_packed(config: Any) -> bool:
+    """Whether a model of this configuration takes texts without padding."""
+    return why_not_packed(config) is None
+
+
+def why_not_packed(config: Any) -> str | None:
     """Why a model of this configuration, with the attention that it uses now, cannot run without padding; None if it can."""
     if config.model_type not in MODEL_TYPES:
         return f"models of type {config.model_type} are not supported ({', '.join(MODEL_TYPES)} are)"
@@ -176,7 +181,7 @@ def use_kernel(backbone: Any, kernel: str) -> None:
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention {kernel!r} is not one of {', '.join(KERNELS)}")
-    reason = why_not(backbone.config)
+    reason = why_not_packed(backbone.config)
     if reason is not None:
         raise ValueError(f"this model cannot run without padding: {reason}")
     cpu_attention.set_attention(backbone, PREFIX + kernel, _attention)

@@ -7,7 +7,7 @@ import torch
 from bge_accel.kernels.cpu_attention import use_cpu_attention
 from bge_accel.kernels.dropout import use_cpu_dropout
 from bge_accel.kernels.in_place_gradients import add_gradients_in_place
-from bge_accel.kernels.packed import check_dropout, use_kernel, why_not
+from bge_accel.kernels.packed import can_run_packed, check_dropout, use_kernel
 
 
 def use_kernels(backbone: Any, attention: str, device: torch.device, *, compiled: bool, in_place: bool) -> Any:
@@ -31,7 +31,7 @@ def use_kernels(backbone: Any, attention: str, device: torch.device, *, compiled
         if in_place:
             add_gradients_in_place(backbone)
     if attention == "auto":
-        attention = "cpu" if on_cpu and why_not(backbone.config) is None else "padded"
+        attention = "cpu" if on_cpu and can_run_packed(backbone.config) else "padded"
     if attention == "padded":
         return None
     check_dropout(attention, backbone.config)

@@ -12,6 +12,7 @@ import numpy as np
 
 from bge_accel.data.examples import Rows
 from bge_accel.data.reading import text_id
+from bge_accel.data.splitmix import splitmix64
 from bge_accel.mining.pool import KnownPositives, TextPool, text_key, text_keys
 
 DROPS = (
@@ -200,18 +201,9 @@ def score_filters(scores: np.ndarray, pos_scores: Sequence[float], choice: Choic
 
 
 def mix(numbers: np.ndarray, draw_seed: int) -> np.ndarray:
-    """Pseudo-random numbers (n,) uint64, each a function of one integer and the seed alone, the same everywhere.
-
-    splitmix64's (Steele et al. 2014, https://doi.org/10.1145/2714064.2660195), twice.
-    """
-    with np.errstate(over="ignore"):
-        z = numbers.astype(np.int64).view(np.uint64) ^ np.uint64(draw_seed & 0xFFFFFFFFFFFFFFFF)
-        for _ in range(2):
-            z = z + np.uint64(0x9E3779B97F4A7C15)
-            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            z = z ^ (z >> np.uint64(31))
-    return z
+    """Pseudo-random numbers (n,) uint64, each a function of one integer and the seed alone."""
+    seeded = numbers.astype(np.int64).view(np.uint64) ^ np.uint64(draw_seed & 0xFFFFFFFFFFFFFFFF)
+    return splitmix64(splitmix64(seeded))
 
 
 def draw(keys: np.ndarray, scores: np.ndarray, choice: Choice, draw_seed: int) -> np.ndarray:

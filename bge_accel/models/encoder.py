@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from bge_accel.config import check_model_path
 from bge_accel.kernels import last_layer
-from bge_accel.kernels.packed import pad, why_not
+from bge_accel.kernels.packed import can_run_packed, pad
 from bge_accel.models.compiling import check_gradient_checkpointing, enable_gradient_checkpointing
 from bge_accel.models.loading import (
     check_lengths,
@@ -44,7 +44,7 @@ class Encoder(torch.nn.Module):
     @property
     def pools_one_token(self) -> bool:
         """Whether the last layer computes no more than the token of each text that becomes its embedding."""
-        return self._knows_tokens and why_not(self.config) is None
+        return self._knows_tokens and can_run_packed(self.config)
 
     def forward(
         self,
@@ -60,7 +60,7 @@ class Encoder(torch.nn.Module):
             packed: instead of the mask, what `kernels.packed.pack` gives, after `kernels.packed.use_kernel`.
         """
         mask = attention_mask
-        if mask is not None and is_padded is not None and why_not(self.config) is None:
+        if mask is not None and is_padded is not None and can_run_packed(self.config):
             mask = mask.bool()[:, None, None].expand(-1, 1, mask.shape[1], -1) if is_padded else None
         inputs = {"input_ids": input_ids, "attention_mask": mask, **packed}
         if self.pools_one_token:

@@ -14,8 +14,13 @@ def start_processes(wanted: int | None) -> None:
 
     Args:
         wanted: how many; None is one a GPU.
+
+    Raises:
+        ValueError: another number has been started already.
     """
-    if "WORLD_SIZE" in os.environ:
+    if (started := os.environ.get("WORLD_SIZE")) is not None:
+        if wanted is not None and int(started) != wanted:
+            raise ValueError(f"--num_processes {wanted} has no effect: {started} processes have been started")
         return
     if wanted is None:
         from torch.cuda import device_count

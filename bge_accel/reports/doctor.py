@@ -270,7 +270,7 @@ def fit_memory(measured: Sequence[Measured], budget_gb: float) -> MemoryModel:
     return MemoryModel(float(max(fixed, 0.0)), float(slope), budget_gb, seen)
 
 
-def largest_step_tokens(row_tokens: Sequence[int] | np.ndarray, batch_size: int, num_steps: int) -> float:
+def largest_step_tokens(row_tokens: Sequence[float] | np.ndarray, batch_size: int, num_steps: int) -> float:
     """Tokens of the largest of `num_steps` batches drawn from rows of so many tokens (expected maximum of a normal)."""
     tokens = np.asarray(row_tokens, dtype=np.float64)
     spread = tokens.std() * math.sqrt(batch_size)
@@ -283,7 +283,7 @@ def largest_step_tokens(row_tokens: Sequence[int] | np.ndarray, batch_size: int,
 
 def propose_batch(
     memory: MemoryModel,
-    row_tokens: Sequence[int] | np.ndarray,
+    row_tokens: Sequence[float] | np.ndarray,
     *,
     padding: float,
     free_gb: float,
