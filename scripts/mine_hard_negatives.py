@@ -46,7 +46,7 @@ from bge_accel.files.faults import Faults
 from bge_accel.files.finding import find_files
 from bge_accel.files.lock import lock_output
 from bge_accel.files.outputs import check_folder, check_output
-from bge_accel.files.parts import open_work, read_part, what_is_kept, write_part
+from bge_accel.files.parts import open_work, part_name, read_part, what_is_kept, write_part
 from bge_accel.mining.choice import Choice, QueryGroups, parse_range
 from bge_accel.mining.output import WAY_OUT, NothingMinedError, OutputOptions, write_output
 from bge_accel.mining.pool import TextPool, write_inputs
@@ -202,14 +202,12 @@ def main(cfg: Config) -> None:
     groups = QueryGroups(rows, np.load(os.path.join(work, "query_keys.npy"), mmap_mode="r"))
     processes.say(f"{len(rows):,} rows, {len(pool):,} different passages in the pool")
 
-    import torch
-
     from bge_accel.encoding.embedding_model import EmbeddingModel
     from bge_accel.encoding.storing import tokenizer_digest, weights_digest
     from bge_accel.evaluation.search import build_index, check_index_factory
-    from bge_accel.mining.miner import Miner, MinerOptions, embed_pool, part_name
+    from bge_accel.mining.miner import Miner, MinerOptions, embed_pool
     from bge_accel.models.loading import check_prefix
-    from bge_accel.models.precision import default_device, resolve_dtype
+    from bge_accel.models.precision import own_device, resolve_dtype
     from bge_accel.models.settings import instruction_prefix
 
     # ---- models
@@ -220,10 +218,7 @@ def main(cfg: Config) -> None:
                     f"--range_for_sampling {cfg.range_for_sampling} begins behind the {len(pool):,} passages of the pool: no row "
                     "would get a negative; begin lower, or give more passages by --candidate_pool"
                 )
-            device = default_device()
-            if device.type == "cuda" and processes.world > 1:
-                device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-                torch.cuda.set_device(device)
+            device = own_device(processes.world)
             dtype, warning = resolve_dtype(cfg.use_fp16 is not False and not cfg.use_bf16, cfg.use_bf16, device)
             if warning and (cfg.use_fp16 or cfg.use_bf16) and processes.rank == 0:
                 warn(warning)

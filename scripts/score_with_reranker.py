@@ -12,14 +12,23 @@ the same command: what it has done is kept in OUTPUT_FILE.scoring until the end.
 """
 
 import json
-import os
 import shutil
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 
-from bge_accel.config import Refusal, check_model_path, option, parse_config, required, to_yaml, user_errors
+from bge_accel.config import (
+    Refusal,
+    check_model_path,
+    check_rules,
+    learning_settings,
+    option,
+    parse_config,
+    required,
+    to_yaml,
+    user_errors,
+)
 from bge_accel.data.reading import check_json, read_rows, text_id
 from bge_accel.data.rows import TrainingRows
 from bge_accel.encoding.reranker import SHORTEST_PAIR
@@ -28,7 +37,7 @@ from bge_accel.files.faults import Faults
 from bge_accel.files.finding import find_files
 from bge_accel.files.lock import lock_output
 from bge_accel.files.outputs import check_output
-from bge_accel.files.parts import open_work, read_part, read_parts, what_is_kept, write_part
+from bge_accel.files.parts import open_work, part_name, read_part, read_parts, what_is_kept, write_part
 from bge_accel.mining.histogram import text_histogram
 from bge_accel.mining.rows import new_row, rounded
 from bge_accel.processes.group import Processes, leave_processes
@@ -39,7 +48,6 @@ from bge_accel.processes.signals import interruptible
 
 ROWS_PER_CHUNK = 256  # scored together, and lost by a kill
 ROWS_IN_HISTOGRAM = 200_000
-NOT_IN_FINGERPRINT = ("output_file", "cache_path", "cache_dir", "input_file")
 _DECODER = Refusal("only cross-encoders are used here, not decoders", ("None", "1"))
 _MINING = Refusal("it is a flag of scripts/mine_hard_negatives.py; drop it")
 REFUSED = {
@@ -58,9 +66,13 @@ class Config:
     reranker_name_or_path: str = required(
         "folder or hub name of the cross-encoder", aliases=["reranker", "model_name_or_path"], group="model"
     )
-    input_file: list[str] = required('files, globs or folders of rows {"query", "pos", "neg"}', group="data")
-    output_file: str = required("where the rows are written, as JSON lines")
-    cache_path: str | None = option(None, "where checked rows are kept; default: ~/.cache/bge_accel/rows")
+    input_file: list[str] = required(
+        'files, globs or folders of rows {"query", "pos", "neg"}', group="data", affects_learning=False
+    )
+    output_file: str = required("where the rows are written, as JSON lines", affects_learning=False)
+    cache_path: str | None = option(
+        None, "where checked rows are kept; default: ~/.cache/bge_accel/rows", affects_learning=False
+    )
 
     query_instruction_for_rerank: str | None = option(None, "put before each query", group="model")
     query_instruction_format_for_rerank: str = option("{}{}", "how it is put together with the query")
@@ -69,9 +81,11 @@ class Config:
     use_fp16: bool | None = option(
         None, "float16 (CPU: bfloat16 where it is faster, else float32); False: float32; default: True", aliases=["fp16"],
     )  # fmt: skip
-    use_bf16: bool = option(False, "bfloat16 instead of float16", aliases=["bf16"])
+    use_bf16: bool = option(
+        False, "bfloat16 instead of float16", aliases=["bf16"], excludes={"use_fp16": "give one of them"}
+    )
     trust_remote_code: bool = option(False, "run code that comes with the model")
-    cache_dir: str | None = option(None, "where models from the hub are kept")
+    cache_dir: str | None = option(None, "where models from the hub are kept", affects_learning=False)
     reranker_max_length: int = option(
         512, "tokens of a query and a passage together", at_least=SHORTEST_PAIR, aliases=["max_length"]
     )
@@ -87,8 +101,7 @@ class Config:
 
 def check(cfg: Config) -> None:
     """Raises ValueError for settings that cannot work, before anything is read."""
-    if cfg.use_fp16 and cfg.use_bf16:
-        raise ValueError("--use_fp16 and --use_bf16 exclude each other; give one of them")
+    check_rules(cfg)
     check_model_path("--reranker_name_or_path", cfg.reranker_name_or_path)
     faults = Faults()
     find_files(cfg.input_file, faults)
@@ -109,11 +122,9 @@ def main(cfg: Config) -> None:
     num_texts = sum(len(rows.passages(i)) for i in range(len(rows)))
     processes.say(f"{len(rows):,} rows, {num_texts:,} pairs to score")
 
-    import torch
-
     from bge_accel.encoding.reranker import Reranker
     from bge_accel.encoding.storing import tokenizer_digest, weights_digest
-    from bge_accel.models.precision import default_device, resolve_dtype
+    from bge_accel.models.precision import own_device, resolve_dtype
     from bge_accel.models.settings import instruction_prefix
 
     # ---- model
@@ -122,10 +133,7 @@ def main(cfg: Config) -> None:
         passage_prefix = instruction_prefix(
             cfg.passage_instruction_for_rerank, cfg.passage_instruction_format_for_rerank
         )
-        device = default_device()
-        if device.type == "cuda" and processes.world > 1:
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
+        device = own_device(processes.world)
         dtype, warning = resolve_dtype(cfg.use_fp16 is not False and not cfg.use_bf16, cfg.use_bf16, device)
         if warning and (cfg.use_fp16 or cfg.use_bf16):
             warn(warning)
@@ -143,20 +151,19 @@ def main(cfg: Config) -> None:
         )
 
     # ---- go on from what a killed run has left, if it was the same
-    settings = {name: value for name, value in asdict(cfg).items() if name not in NOT_IN_FINGERPRINT}
     fingerprint = {
         "rows": rows.digest(),
         "reranker": weights_digest(reranker.model),
         "tokenizer": tokenizer_digest(reranker.tokenizer),
         "dtype": str(dtype),
         "device": device.type,
-        **settings,
+        **learning_settings(cfg),
     }
     processes.on_first(lambda: open_work(work, fingerprint, processes.say))
 
     # ---- score, chunk by chunk
     starts = range(0, len(rows), ROWS_PER_CHUNK)
-    parts = [os.path.join(work, f"part-{number:07d}") for number in range(len(starts))]
+    parts = [part_name(work, number) for number in range(len(starts))]
     own = list(zip(parts, starts, strict=True))[processes.rank :: processes.world]
     with user_errors():
         for part, start in progress(len(own), "scoring", "chunk", shown=processes.rank == 0, iterable=own):

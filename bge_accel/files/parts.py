@@ -46,6 +46,11 @@ def open_work(
         json.dump(fingerprint, file)
 
 
+def part_name(work: str, number: int) -> str:
+    """Where what was found for one chunk of rows is kept."""
+    return os.path.join(work, f"part-{number:07d}")
+
+
 def write_part(path: str, records: Iterable[Mapping[str, Any]]) -> None:
     """Keeps what was found for one chunk of rows: a JSON line each, and a last one with the checksum of these."""
     content = "".join(json.dumps(record) + "\n" for record in records)

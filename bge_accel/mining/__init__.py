@@ -3,7 +3,7 @@
 DOOR = {
     "choice": "Choice parse_range QueryGroups".split(),
     "histogram": "text_histogram".split(),
-    "miner": "embed_pool Miner MinerOptions part_name".split(),
+    "miner": "embed_pool Miner MinerOptions".split(),
     "output": "NothingMinedError OutputOptions WAY_OUT write_output".split(),
     "pool": "normalise_text TextPool write_inputs".split(),
     "refused_flags": "REFUSED".split(),

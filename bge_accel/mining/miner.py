@@ -1,6 +1,5 @@
 """Ranks the pool for rows of queries and chooses their negatives."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -198,11 +197,6 @@ def rerank(
     scores = reranker.score(pairs, total=int(ends[-1]), show_progress=show_progress)
     parts = np.split(scores, ends[:-1])
     return [Ranking(ranking.indices, part) for ranking, part in zip(rankings, parts, strict=True)]
-
-
-def part_name(work: str, number: int) -> str:
-    """Where the negatives of one chunk of rows are kept."""
-    return os.path.join(work, f"part-{number:07d}")
 
 
 def records_of(

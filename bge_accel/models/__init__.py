@@ -7,7 +7,7 @@ DOOR = {
     "flops": "flops_per_token matmul_rate peak_flops".split(),
     "loading": "check_lengths check_prefix COMPUTED encoder_class load_tokenizer load_weights loading max_positions read_config".split(),
     "pooling": "POOLING".split(),
-    "precision": "choose_precision cpu_is_faster_in_bf16 default_device floating_dtype resolve_dtype".split(),
+    "precision": "choose_precision cpu_is_faster_in_bf16 default_device floating_dtype own_device resolve_dtype".split(),
     "settings": "differing_settings EmbeddingSettings instruction_prefix read_modules read_settings".split(),
     "tensor_files": "INDEX Layout parse_size plan_shards TensorFiles write_index write_safetensors".split(),
     "tokenizing": "check_tokens tokenize TOKENIZING".split(),

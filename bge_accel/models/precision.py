@@ -1,5 +1,6 @@
 """Which device and which precision to compute in, from what was asked for and what the hardware does well."""
 
+import os
 import platform
 from itertools import islice
 
@@ -11,6 +12,15 @@ from bge_accel.kernels.onednn import cpu_has_bf16
 def default_device() -> torch.device:
     """The GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def own_device(num_processes: int) -> torch.device:
+    """The same for one of several processes: each has a GPU of its own, which it takes from here on."""
+    device = default_device()
+    if device.type == "cuda" and num_processes > 1:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device
 
 
 def cpu_is_faster_in_bf16() -> bool:

@@ -24,7 +24,7 @@ from bge_accel.training.checkpoint import (
 )
 from bge_accel.training.manifest import STATE, write_manifest
 from bge_accel.training.plan import RunPlan
-from bge_accel.training.saved_model import LAST, SAVED, is_complete, keep_best, note_complete, note_saved
+from bge_accel.training.saved_model import SAVED, is_complete, keep_best, note_complete, note_saved
 
 if TYPE_CHECKING:
     from bge_accel.models.settings import EmbeddingSettings
@@ -266,7 +266,7 @@ class RunFolder:
 
     # ---- when it ends
 
-    def finish(self, step: int, name: str = LAST) -> None:
+    def finish(self, step: int, name: str) -> None:
         """Makes the model in a folder inside the run's the one that the run ends with."""
         with saving_errors(step, self.path):
             if self.engine.is_main:
@@ -312,7 +312,7 @@ def check_run_folder(options: FolderOptions) -> None:
         if os.environ.get("RANK", "0") == "0":
             with locked(path):  # or it names the run that is at work there
                 pass
-        way_out = ", or, to go on with its run, --resume_from_checkpoint latest" if find_checkpoints(path) else ""
+        way_out = ", or, to go on with its run, --resume_from_checkpoint latest" if checkpoints else ""
         raise ValueError(f"--output_dir {path} is in use; name another folder, or add --overwrite_output_dir{way_out}")
     if asked in (None, "latest"):
         return
