@@ -24,6 +24,8 @@ class Feed(PlannedSource):
     query_prefix: str = ""
     passage_prefix: str = ""
     order: RowOrder | None = None
+    num_bare: int = 0
+    """Rows without negatives of their own, where a group needs some."""
 
     def set_prefixes(self, settings: "EmbeddingSettings", options: DataOptions) -> None:
         """Takes the source's own instructions, or the model's."""
@@ -68,7 +70,7 @@ def load_feeds(options: DataOptions) -> tuple[list[Feed], int]:
     check_sources(feeds, options)
     for feed in feeds:
         if feed.rows is not None and feed.group_size > 1:
-            feed.rows.check_negatives()
+            feed.num_bare = feed.rows.check_negatives()
     return feeds, num_dropped
 
 

@@ -63,8 +63,7 @@ def _notes(engine: "Engine", options: DataOptions, feeds: Sequence[Feed], num_dr
         yield f"{num_dropped:,} rows of small files are left out (--drop_threshold {options.drop_threshold})"
     if options.streaming and options.max_example_num_per_dataset < 100_000_000:
         yield "--max_example_num_per_dataset has no effect on streams"
-    num_bare = sum(feed.rows.check_negatives() for feed in feeds if feed.rows and feed.group_size > 1)
-    if num_bare:
+    if num_bare := sum(feed.num_bare for feed in feeds):
         yield f"{num_bare:,} rows have no negatives; theirs are drawn from other rows' passages"
     for feed in feeds:
         if feed.rows and (note := too_few_negatives(feed.rows, feed.group_size)):
